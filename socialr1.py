@@ -127,3 +127,48 @@ def parse_response(text: str, problem: Problem) -> Response:
     well_formed = in_order and not outside.strip() and bool(think.strip()) and answer is not None
     preamble, stages = _split_stages(think)
     return Response(think.strip(), answer, well_formed, stages, preamble)
+
+
+# ------------------------------------------------------------------------------------------------------- the simulator
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened: set, leave, return, peek, tell (to `target`), say (to `target`) or note (a value named in passing)."""
+
+    kind: str
+    actor: str
+    value: str = ""
+    target: str = ""
+
+
+class World:
+    """Replays events. views[a]: what a perceived; models[a, b]: what a knows of b's perceiving; both lists of (verb, value)."""
+
+    def __init__(self, people: list[str]):
+        self.people, self.present, self.value = people, set(people), ""
+        self.views: dict[str, list[tuple[str, str]]] = {a: [] for a in people}
+        self.models: dict[tuple[str, str], list[tuple[str, str]]] = {(a, b): [] for a in people for b in people if a != b}
+
+    def apply(self, event: Event) -> None:
+        if event.kind == "leave":
+            self.present.discard(event.actor)
+        elif event.kind == "return":
+            self.present.add(event.actor)
+        elif event.kind == "set":
+            self.value = event.value
+            for b in self.people:
+                cue = ("saw" if b in self.present else "missed", event.value)
+                self.views[b].append(cue)
+                for a in self.present - {b}:
+                    self.models[a, b].append(cue)
+        elif event.kind == "peek":  # nobody notices, so nobody's model of the actor changes
+            self.views[event.actor].append(("glimpsed", self.value))
+        elif event.kind == "tell":  # private, and believed; the teller knows that it was heard
+            self.views[event.target].append(("heard of", event.value))
+            self.models[event.actor, event.target].append(("heard of", event.value))
+
+
+def believed(view: list[tuple[str, str]]) -> str:
+    """The value that somebody with this view takes to be real: the last one not missed."""
+    return next((value for verb, value in reversed(view) if verb != "missed"), "")
