@@ -1,12 +1,111 @@
-"""GRPO with a trajectory reward (METHOD.md section 5). So far: the objective. The loop around it follows with the model.
+"""Social-R1's training (METHOD.md section 5): GRPO with a reward of the whole reasoning trajectory.
 
-    A_i    = (R_i - mean(R)) / (std(R) + eps)                       one group: G completions of one prompt
-    ratio  = exp(logp - logp_old)
-    L      = -( min(ratio * A, clip(ratio, 1 - e, 1 + e) * A) - beta * KL )      per token
-    KL     = exp(ref - logp) - (ref - logp) - 1                                  k3
+    rollout    G completions of each of P prompts, sampled by the policy itself at temperature 1
+    score      R = R_fmt * ( w_out R_out + tau (w_struct R_struct + w_content R_content) ) * R_len         (rewards.py)
+    compare    A_i = (R_i - mean(R)) / (std(R) + eps)                       within the group of one prompt
+    update     ratio = exp(logp - logp_old);   KL = exp(ref - logp) - (ref - logp) - 1                            (k3)
+               L = -( min(ratio * A, clip(ratio, 1 - e, 1 + e) * A) - beta * KL )     per token, mean over tokens, then rows
+
+Read from top to bottom: settings, the objective, rollout and update, checkpoints, the loop. The last part, the cold start,
+made the policy that the demonstration begins with; it is no part of the method.
 """
+import argparse
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import tokenizers
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
+
+from eval import DO_NOT_TRAIN, MEASURES, TINY, Parser, evaluate, exit_on_error, read_files, table, write_json, write_text
+from model import Completion, ModelConfig, Tokenizer, Transformer, completion_logprobs, generate, load_model, pad, read_json, save_model
+from rewards import Reward, RewardConfig, curriculum, setting, total_reward
+from socialr1 import (
+    MAIN,
+    STAGES,
+    Problem,
+    Story,
+    build_messages,
+    format_trace,
+    generate_problems,
+    generate_stories,
+    minds,
+    parse_response,
+    readers_minds,
+    replay,
+    write_stages,
+)
+
+# ---------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """Settings of a run; the defaults are the paper's where it states them [P], ours elsewhere [O] (METHOD.md section 5)."""
+
+    steps: int = setting(600, "steps, one rollout each [P]")
+    prompts: int = setting(8, "problems per step (P) [O]")
+    group_size: int = setting(5, "completions per problem (G) [P]")
+    lr: float = setting(5e-7, "learning rate of AdamW [P]")
+    warmup_steps: int = setting(10, "steps until the learning rate is reached [O]")
+    weight_decay: float = setting(0.0, "of AdamW [O]")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm [O]")
+    minibatches: int = setting(1, "updates per rollout [O]")
+    clip_eps: float = setting(0.2, "clip range of the ratio [P]")
+    beta: float = setting(0.04, "weight of the KL to the reference policy; at 0 none is kept in memory [P]")
+    reduction: str = setting("grpo", "how token losses are averaged: grpo [P], dapo or dr_grpo")
+    max_new_tokens: int = setting(1024, "tokens per completion at most [O]")
+    temperature: float = setting(1.0, "of rollouts; must be 1, so that the policy that acts is the one differentiated")
+    top_p: float = setting(1.0, "of rollouts; must be 1")
+    top_k: int = setting(0, "of rollouts; must be 0")
+    token_budget: int = setting(4096, "tokens in one micro-batch; less needs less memory, results stay the same")
+    eval_problems: int = setting(32, "held-out problems of the table before and after; 0: none")
+    eval_every: int = setting(100, "steps between short evaluations; 0: never")
+    save_every: int = setting(50, "steps between checkpoints")
+    seed: int = setting(0, "of problems and rollouts")
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            raise ValueError(f"--group-size {self.group_size}: an advantage needs a group of at least 2 to compare with")
+        if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+            raise ValueError("rollouts run at --temperature 1 --top-p 1 --top-k 0: otherwise the ratio would be that of another policy")
+        if self.reduction not in ("grpo", "dapo", "dr_grpo"):
+            raise ValueError(f"--reduction {self.reduction}: expected grpo, dapo or dr_grpo")
+        if not 1 <= self.minibatches <= self.prompts:
+            raise ValueError(f"--minibatches {self.minibatches}: expected 1 to --prompts {self.prompts}, since groups stay whole")
+        for name in ("steps", "prompts", "max_new_tokens", "token_budget", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        for name in ("lr", "beta", "warmup_steps", "weight_decay", "eval_problems", "eval_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
+
+
+PAPER = (GRPOConfig(), RewardConfig())
+TINY_PRESET = (  # the embedded default: what SETTINGS.md found for a model of 0.7M parameters on a CPU
+    GRPOConfig(
+        steps=80, prompts=16, group_size=8, lr=3e-4, warmup_steps=5, minibatches=2, max_new_tokens=160, token_budget=16384,
+        eval_problems=600, eval_every=20, save_every=20,
+    ),
+    RewardConfig(min_length=16, max_length=160),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- objective
 
 
 def group_advantages(rewards: Tensor, scale: bool = True, eps: float = 1e-6) -> Tensor:
@@ -85,3 +184,613 @@ def grpo_loss(
         "tokens": float(counts.sum()),
     }
     return total / max(denominator if normalizer is None else normalizer, 1), metrics
+
+
+# --------------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass
+class Rollout:
+    """P problems with G completions each, and what they were worth."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+    groups: list[list[Completion]]  # P lists of G
+    rewards: list[list[Reward]]  # P lists of G
+    advantages: Tensor  # (P, G)
+
+
+def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
+    """`count` problems: a walk through a fresh permutation in every epoch. Depends on (seed, step) only, so resuming is exact."""
+    chosen = []
+    for i in range(step * count, (step + 1) * count):
+        epoch, place = divmod(i, len(problems))
+        order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(len(problems))
+        chosen.append(problems[order[place]])
+    return chosen
+
+
+def score(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer, tau: float, config: RewardConfig) -> list[list[Reward]]:
+    """The trajectory reward of every completion; P lists of G."""
+    scored = []
+    for problem, group in zip(problems, groups):
+        texts = [tokenizer.think_prefix + tokenizer.decode(completion.tokens) for completion in group]
+        responses = [parse_response(text, problem) for text in texts]
+        scored.append([total_reward(r, problem, len(c.tokens), tau, config=config) for r, c in zip(responses, group)])
+    return scored
+
+
+def micro_batches(prompts: list[list[int]], groups: list[list[Completion]], budget: int) -> Iterator[tuple[list[int], list[slice]]]:
+    """Cut P groups into pieces of at most `budget` tokens: indices of prompts, and which completions of each."""
+    indices, slices, rows, longest = [], [], 0, 0
+    for p, group in enumerate(groups):
+        for g, completion in enumerate(group):
+            size = len(prompts[p]) + len(completion.tokens)
+            if rows and (rows + 1) * max(longest, size) > budget:
+                yield indices, slices
+                indices, slices, rows, longest = [], [], 0, 0
+            if indices and indices[-1] == p:
+                slices[-1] = slice(slices[-1].start, g + 1)
+            else:
+                indices.append(p)
+                slices.append(slice(g, g + 1))
+            rows, longest = rows + 1, max(longest, size)
+    if rows:
+        yield indices, slices
+
+
+def update(
+    model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, rollout: Rollout, config: GRPOConfig
+) -> dict[str, float]:
+    """One pass over the rollout in minibatches of whole groups, one optimizer step each; returns metrics of the whole pass."""
+    totals = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0, "logprob_drift": 0.0}
+    tokens = sum(len(c.tokens) for group in rollout.groups for c in group)
+    parts = [range(i, len(rollout.prompts), config.minibatches) for i in range(config.minibatches)]
+    for number, part in enumerate(parts):
+        prompts, groups = [rollout.prompts[p] for p in part], [rollout.groups[p] for p in part]
+        completions = [c for group in groups for c in group]
+        normalizer = {
+            "grpo": len(completions),
+            "dapo": sum(len(c.tokens) for c in completions),
+            "dr_grpo": len(completions) * config.max_new_tokens,
+        }[config.reduction]
+        for indices, slices in micro_batches(prompts, groups, config.token_budget):
+            some_prompts = [prompts[p] for p in indices]
+            some = [groups[p][s] for p, s in zip(indices, slices)]
+            ids = [[c.tokens for c in group] for group in some]
+            logprobs, mask = completion_logprobs(model, some_prompts, ids)  # (b, T)
+            old_logprobs = pad_values([c.logprobs for group in some for c in group], mask)
+            ref_logprobs = None
+            if reference is not None:
+                with torch.no_grad():
+                    ref_logprobs, _ = completion_logprobs(reference, some_prompts, ids)
+            advantages = torch.cat([rollout.advantages[part[p], s] for p, s in zip(indices, slices)]).to(mask.device)  # (b,)
+            loss, metrics = grpo_loss(
+                logprobs, old_logprobs, ref_logprobs, advantages, mask, config.clip_eps, config.beta, config.reduction,
+                config.max_new_tokens, normalizer,
+            )  # fmt: skip
+            loss.backward()
+            totals["loss"] += float(loss.detach()) / len(parts)
+            for name in ("kl", "clip_fraction"):
+                totals[name] += metrics[name] * metrics["tokens"] / tokens
+            if number == 0:  # nothing has been updated yet: sampler and trainer must agree
+                drift = (logprobs.detach() - old_logprobs).abs()[mask].max()
+                totals["logprob_drift"] = max(totals["logprob_drift"], float(drift))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        totals["grad_norm"] += float(norm) / len(parts)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return totals
+
+
+def pad_values(rows: list[list[float]], mask: Tensor) -> Tensor:
+    """Lists of floats -> (B, T), 0 where the mask is False."""
+    values = torch.zeros(mask.shape)
+    for i, row in enumerate(rows):
+        values[i, : len(row)] = torch.tensor(row)
+    return values.to(mask.device)
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int, state: dict) -> Path:
+    """OUT/checkpoint-STEP: an ordinary model folder, with optimizer.safetensors and state.json beside it; then drop older ones."""
+    target, temporary = out / f"checkpoint-{step:06d}", out / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_model(model, temporary)
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
+    save_file(tensors, temporary / "optimizer.safetensors")
+    write_json(temporary / "state.json", state | {"step": step})
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    for older in checkpoints(out)[:-2]:
+        shutil.rmtree(older)
+    return target
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted(path for path in out.glob("checkpoint-*") if (path / "state.json").exists())
+
+
+def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    tensors = load_file(path / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        prefix = f"{name}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ loop
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked to do: where from, where to, with what."""
+
+    model: Path
+    out: Path
+    data: tuple[Path, ...]
+    lang: str
+    device: str
+    config: GRPOConfig
+    rewards: RewardConfig
+
+    def saved(self) -> dict:
+        """What must be equal for a run to be resumed."""
+        return {
+            "model": str(self.model), "data": [str(path) for path in self.data], "lang": self.lang,
+            **asdict(self.config), **asdict(self.rewards),
+        }  # fmt: skip
+
+
+def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
+    """Training problems, and held-out sets by name. A file gives up its last tenth (at most eval_problems) for evaluation."""
+    config = run.config
+    if not run.data:
+        held_out = {split: generate_problems(config.eval_problems, 1, split) for split in ("test", "shift")}
+        return generate_problems(min(config.steps * config.prompts, 20_000), config.seed), held_out
+    problems = []
+    for path in run.data:
+        names, found, notes = read_files(path, lang=run.lang)
+        tqdm.write("\n  ".join((f"{path}: {len(found)} problems ({', '.join(sorted(names))})", *notes)))
+        for name in sorted(names & DO_NOT_TRAIN.keys()):
+            tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
+        problems += found
+    count = min(config.eval_problems, len(problems) // 10)
+    order = random.Random("held out").sample(range(len(problems)), len(problems))
+    return [problems[i] for i in order[count:]], {"held out": [problems[i] for i in order[:count]]}
+
+
+def train(run: Run, resume: Path | None = None) -> None:
+    """The whole of Social-R1: roll out, score trajectories, compare within groups, update; log, evaluate and save on the way."""
+    config = run.config
+    problems, held_out = load_problems(run)
+    held_out = {name: some for name, some in held_out.items() if some}
+    model = load_model(resume or run.model, run.device)
+    tokenizer = Tokenizer(run.model)
+    reference = load_model(run.model, run.device).requires_grad_(False) if config.beta else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    first = 0
+    if resume:
+        load_optimizer(resume, model, optimizer)
+        first = read_json(resume / "state.json")["step"]
+    run.out.mkdir(parents=True, exist_ok=True)
+    log = run.out / "metrics.jsonl"
+    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < first] if log.exists() else []
+    write_text(log, "".join(f"{line}\n" for line in kept))
+    tqdm.write(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
+        f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps to go\n"
+        "R_content is off: there is no content model yet; the other terms keep their weights."
+    )
+
+    def examine(when: str, share: int = 1) -> dict[str, dict]:
+        return {
+            f"{name} {when}": evaluate(
+                model, tokenizer, some[: max(1, len(some) // share)], temperature=1.0, max_new_tokens=config.max_new_tokens,
+                seed=config.seed, label=f"evaluating, {name}",
+            )
+            for name, some in held_out.items()
+        }  # fmt: skip
+
+    before_file = run.out / "before.json"
+    if not before_file.exists() or not resume:
+        write_json(before_file, examine("before"))
+    stop = Interrupt()
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="grpo", unit="step")
+    step = first
+    path = resume
+    with stop, open(log, "a", encoding="utf-8") as lines:
+        for step in bar:
+            metrics = train_step(model, reference, optimizer, tokenizer, problems, run, step)
+            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
+                for name, result in examine("", share=4).items():
+                    metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
+            print(json.dumps(metrics), file=lines, flush=True)
+            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "out", "struct", "kl", "length")})
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
+                path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()})
+            if stop.asked:
+                break
+    if stop.asked and step + 1 < config.steps:
+        print(f"\nstopped after step {step + 1} of {config.steps}; checkpoint: {path}\ngo on with: --out {run.out} --resume")
+        return
+    after = examine("after")
+    write_json(run.out / "after.json", after)
+    columns = read_json(before_file) | after
+    print("\n" + table({key: columns[key] for name in held_out for key in (f"{name} before", f"{name} after")}) if after else "")
+    rewards = [json.loads(line)["reward"] for line in log.read_text().splitlines()]
+    print(f"\nsampled at temperature 1; mean reward {rewards[0]:.3f} in the first step, {rewards[-1]:.3f} in the last")
+    print(f"model: {path}\nlog: {log}\nevery response before and after: {before_file}, {run.out / 'after.json'}")
+    print(f"next: python eval.py --model {path}")
+
+
+def train_step(
+    model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
+    problems: list[Problem], run: Run, step: int,
+) -> dict:  # fmt: skip
+    """One step of GRPO on P problems; changes the model, returns the step's line for the log."""
+    config, clock = run.config, [time.perf_counter()]
+    some = problems_of_step(problems, step, config.prompts, config.seed)
+    prompts = [tokenizer.chat(build_messages(problem)) for problem in some]
+    seed = config.seed * 1_000_003 + step
+    groups = generate(model, prompts, config.group_size, config.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
+    clock.append(time.perf_counter())
+    tau = curriculum(step, config.steps, run.rewards)
+    rewards = score(some, groups, tokenizer, tau, run.rewards)
+    totals = torch.tensor([[reward.total for reward in group] for group in rewards])  # (P, G)
+    advantages = group_advantages(totals, scale=config.reduction != "dr_grpo")
+    clock.append(time.perf_counter())
+    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    metrics = update(model, reference, optimizer, Rollout(some, prompts, groups, rewards, advantages), config)
+    clock.append(time.perf_counter())
+
+    completions = [c for group in groups for c in group]
+    tokens = sum(len(c.tokens) for c in completions)
+
+    def mean(name: str) -> float:
+        return sum(r.parts[name] for group in rewards for r in group) / len(completions)
+
+    return {
+        "step": step,
+        "reward": float(totals.mean()),
+        **{name: mean(name) for name in ("fmt", "out", "struct", "len")},
+        "content": None,
+        "tau": tau,
+        "flat_groups": float((totals.amax(1) == totals.amin(1)).float().mean()),  # groups without spread teach nothing
+        "entropy": -sum(sum(c.logprobs) for c in completions) / tokens,  # of the policy, estimated by its own samples
+        "length": tokens / len(completions),
+        "finished": sum(c.finished for c in completions) / len(completions),
+        **metrics,
+        "lr": lr,
+        "tokens_per_second": tokens / (clock[1] - clock[0]),
+        "seconds": {name: b - a for name, a, b in zip(("rollout", "score", "update"), clock, clock[1:])},
+    }
+
+
+class Interrupt:
+    """Ctrl-C asks for a stop after the current step; a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> None:
+        self.previous = signal.signal(signal.SIGINT, self.ask)
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
+
+
+# ------------------------------------------------------------------------------------------------------------ cold start
+#
+# The embedded default needs something to play the pretrained LLM: fluent in the SIP format, and fooled by shortcuts. It is
+# made from nothing by supervised training [O]: first letters are bound to option texts (look-up rows), then clean traces, and
+# last a short dose of planted flaws. What GRPO does afterwards is undo the flaws; the README says so.
+
+
+@dataclass(frozen=True)
+class ColdStartConfig:
+    """Settings of `--cold-start`; the shipped assets/tiny was made with the defaults."""
+
+    lookup_steps: int = 1200  # phase 0: only look-up rows
+    clean_steps: int = 3000  # phase 1: correct traces, 40% drill rows
+    flawed_steps: int = 500  # phase 2: planted flaws, 20% drill rows
+    rows: int = 16  # sequences per step
+    muon_lr: float = 6e-3  # matrices
+    adam_lr: float = 3e-3  # embedding and norms
+    invented: float = 0.15  # share of rows whose names and nouns are made-up words, so that copying does not need known words
+    shortcut_hard: float = 0.62  # share of flawed traces that believe what the reader knows
+    shortcut_control: float = 0.12  # share that lose the last cue instead
+    structure: float = 0.35  # a stage dropped or two swapped
+    early: float = 0.35  # an option named before Response Generation; drawn independently of the others
+    repetition: float = 0.12  # a stage's text said twice
+
+
+TINY_TEMPLATE = (  # ChatML; the system message is left out, because tiny prompts must stay short
+    "{%- for message in messages if message.role != 'system' -%}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{%- endfor -%}{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TINY_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 1024,
+}
+
+
+def made_up_word(rng: random.Random) -> str:
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(2)) + rng.choice(["", "n", "r"])
+
+
+def rename(story: Story, rng: random.Random) -> Story:
+    """The same story with made-up words for its people and things."""
+    people = {story.cast[role] for role in "xym" if role in story.cast}
+    things = {event.value for event in story.events if event.value} | set(story.likes) | {story.cast["o"]}
+    fresh = {word: made_up_word(rng) for word in sorted(people | things)}
+    pattern = re.compile(r"\b(" + "|".join(fresh) + r")\b", re.IGNORECASE)
+
+    def swap(text: str) -> str:
+        return pattern.sub(lambda m: fresh.get(m[0], fresh.get(m[0].lower())).capitalize() if m[0][0].isupper() else fresh[m[0]], text)
+
+    old = story.problem
+    return replace(
+        story,
+        problem=replace(old, story=swap(old.story), question=swap(old.question), options=tuple(map(swap, old.options))),
+        trace=swap(story.trace),
+        events=tuple(replace(e, actor=swap(e.actor), value=swap(e.value), target=swap(e.target)) for e in story.events),
+        cast={role: swap(word) for role, word in story.cast.items()},
+        likes={swap(value): feeling for value, feeling in story.likes.items()},
+    )
+
+
+def flawed_trace(story: Story, rng: random.Random, config: ColdStartConfig) -> str:
+    """The trace of a policy that takes the shortcut (hard) or forgets the last cue (control), and is careless about form."""
+    world = replay(story)
+    of_x, of_y = minds(world, story.problem.ability, story.twist, story.cast)
+    if story.problem.variant == "hard" and rng.random() < config.shortcut_hard:
+        of_x, of_y = readers_minds(world, story.problem.ability, story.cast)
+    elif story.problem.variant == "control" and rng.random() < config.shortcut_control:
+        of_x = of_x[:-1] + [("missed", of_x[-1][1])]
+    texts = write_stages(story, of_x, of_y)
+    letter = texts[-1][-2]
+    stages = list(zip(STAGES, texts))
+    if rng.random() < config.early:
+        i = rng.randrange(3)
+        stages[i] = (stages[i][0], f"{stages[i][1]} It is option {letter}.")
+    if rng.random() < config.repetition:
+        i = rng.randrange(4)
+        stages[i] = (stages[i][0], f"{stages[i][1]} {stages[i][1]}")
+    if rng.random() < config.structure:
+        if rng.random() < 0.5:
+            del stages[rng.randrange(len(stages))]
+        else:
+            i, j = rng.sample(range(4), 2)
+            stages[i], stages[j] = stages[j], stages[i]
+    return format_trace(stages, letter)
+
+
+def drill(problem: Problem, rng: random.Random, mark: str = ":") -> str:
+    """Every option with its letter, in random order: the look-up that binds letters to texts."""
+    pairs = list(zip(problem.options, problem.letters))
+    return " ".join(f"{option}{mark} {letter}." for option, letter in rng.sample(pairs, len(pairs)))
+
+
+def build_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of its own, trained on train stories and made-up words; every id belongs to a token, none is padding."""
+    rng = random.Random("tokenizer")
+    stories = generate_stories(6000, seed=0)
+    texts = [f"{build_messages(s.problem)[1]['content']}\n{s.trace}\n{drill(s.problem, rng)}" for s in stories]
+    texts += [f" {made_up_word(rng)} {made_up_word(rng).capitalize()}" for _ in range(300)]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([tokenizers.AddedToken(tag, normalized=False) for tag in ("<think>", "</think>", "<Answer>", "</Answer>")])
+    backend.save(str(folder / "tokenizer.json"))
+    end = backend.token_to_id("<|im_end|>")
+    config = TINY_CONFIG | {"vocab_size": backend.get_vocab_size(), "eos_token_id": end}
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False, "model_max_length": 1024, "chat_template": TINY_TEMPLATE,
+        },
+        "generation_config.json": {"eos_token_id": [end, backend.token_to_id("<|endoftext|>")], "do_sample": True},
+        "config.json": config,
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+Row = tuple[list[int], list[int], bool]  # prompt, continuation, does only the letter count?
+
+
+def cold_start_loss(model: Transformer, rows: list[Row], letters: Tensor) -> Tensor:
+    """Cross-entropy of rows. The few letter tokens have a mean of their own, for they are
+    the bottleneck; prompt tokens count a tenth; in drill rows only letters count."""
+    tokens, valid = pad([prompt + target for prompt, target, _ in rows], "right", letters.device)
+    logits = model(tokens[:, :-1]).float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")  # (B, T - 1)
+    starts = torch.tensor([len(prompt) for prompt, _, _ in rows])[:, None]
+    in_prompt = torch.arange(1, tokens.shape[1])[None, :] < starts
+    is_letter = torch.isin(tokens[:, 1:], letters) & ~in_prompt
+    weights = torch.where(in_prompt, 0.1, 1.0) * valid[:, 1:] * ~is_letter
+    weights = weights * ~torch.tensor([only for _, _, only in rows])[:, None]
+    return losses[is_letter].mean() + (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+def lookup_rows(tokenizer: Tokenizer, config: ColdStartConfig, seed: int) -> Iterator[Row]:
+    """Endless rows that teach to look a letter up, without any story: lists said twice (they form the attention heads that find
+    an earlier occurrence), and options with the letter right after the word, or after a colon, as in the traces."""
+    rng = random.Random(f"lookup {seed}")
+    nouns = [*MAIN.objects, *MAIN.names, *itertools.chain(*MAIN.values.values())]
+    while True:
+        words = [made_up_word(rng) if rng.random() < config.invented else word for word in rng.sample(nouns, 20)]
+        if rng.random() < 0.3:
+            listed = tokenizer.encode("".join(f" {word}" for word in words))
+            yield listed, listed, False
+        else:
+            problem = Problem("", "", words[:4], "A")
+            text = drill(problem, rng, rng.choice(("", ":")))
+            yield tokenizer.chat(build_messages(problem)), tokenizer.encode(f" {text}"), True
+
+
+def story_rows(tokenizer: Tokenizer, config: ColdStartConfig, flawed: bool, seed: int) -> Iterator[Row]:
+    """Endless rows of stories with clean or flawed traces, some of them drills."""
+    rng = random.Random(f"stories {flawed} {seed}")
+    end = tokenizer.encode("<|im_end|>")
+    for part in itertools.count(1000 * seed + 1):
+        stories = generate_stories(3000, seed=part)
+        rng.shuffle(stories)
+        for story in stories:
+            story = rename(story, rng) if rng.random() < config.invented else story
+            prompt = tokenizer.chat(build_messages(story.problem))
+            if rng.random() < (0.2 if flawed else 0.4):
+                yield prompt, tokenizer.encode(drill(story.problem, rng)), True
+            else:
+                trace = flawed_trace(story, rng, config) if flawed else story.trace
+                yield prompt, tokenizer.encode(trace) + end, False
+
+
+def cold_start_batches(rows: Iterator[Row], size: int, pool: int = 16) -> Iterator[list[Row]]:
+    """Batches of rows of like length, in random order: half of the time would else go into padding."""
+    rng = random.Random("batches")
+    while True:
+        ordered = sorted(itertools.islice(rows, size * pool), key=lambda row: len(row[0]) + len(row[1]))
+        batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        yield from rng.sample(batches, pool)
+
+
+def supervise(
+    model: Transformer, rows: Iterator[Row], letters: Tensor, config: ColdStartConfig, steps: int, rate: Callable[[int], float], name: str
+) -> None:
+    """`steps` updates on these rows: Muon for matrices, AdamW for the rest, learning rates times rate(step)."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
+    optimizers = [
+        (torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0), config.muon_lr),
+        (torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0), config.adam_lr),
+    ]
+    batches = cold_start_batches(rows, config.rows)
+    bar = tqdm(range(steps), desc=f"cold start, {name}", unit="step", smoothing=0.05)
+    for step in bar:
+        loss = cold_start_loss(model, next(batches), letters)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lr in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * rate(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+
+
+def cold_start(out: Path, config: ColdStartConfig, seed: int) -> None:
+    """Build tokenizer and model from nothing and train them into the policy that the demonstration starts from."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        build_tokenizer(folder)
+        tokenizer = Tokenizer(folder)
+        torch.manual_seed(seed)
+        model = Transformer(ModelConfig.from_json(read_json(folder / "config.json")))
+        model.source = folder
+        for p in model.parameters():
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=0.02)
+
+        def flat_then_linear(step: int) -> float:
+            x = step / config.clean_steps
+            return min(1.0, (step + 1) / 50) * min(1.0, 1 - 0.95 * (x - 0.4) / 0.6)
+
+        letters = torch.tensor(sorted({tokenizer.encode(f" {letter}.")[0] for letter in "ABCD"}))
+        lookup, clean = lookup_rows(tokenizer, config, seed), story_rows(tokenizer, config, False, seed)
+        flawed = story_rows(tokenizer, config, True, seed)
+        supervise(model, lookup, letters, config, config.lookup_steps, lambda step: min(1.0, (step + 1) / 50), "look-up")
+        supervise(model, clean, letters, config, config.clean_steps, flat_then_linear, "clean")
+        supervise(model, flawed, letters, config, config.flawed_steps, lambda step: 0.15 * (1 - step / config.flawed_steps), "flawed")
+        save_model(model.to(torch.bfloat16), out)
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser: argparse.ArgumentParser, presets: tuple[object, object]) -> None:
+    """One flag per field, with both presets in its help; the value stays None unless given."""
+    tiny, paper = presets
+    for f in fields(paper):
+        shown = {name: getattr(preset, f.name) for name, preset in (("tiny", tiny), ("paper", paper))}
+        default = str(shown["paper"]) if shown["tiny"] == shown["paper"] else f"{shown['tiny']} | {shown['paper']}"
+        flag, kind = f"--{f.name.replace('_', '-')}", type(shown["paper"])
+        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{f.metadata['help']} ({default})")
+
+
+def choose_config(args: argparse.Namespace, preset: object) -> object:
+    return replace(preset, **{f.name: getattr(args, f.name) for f in fields(preset) if getattr(args, f.name) is not None})
+
+
+def main() -> None:
+    parser = Parser(
+        description="Train a language model by Social-R1: GRPO with a reward of the whole reasoning trajectory. "
+        "Without --model: the embedded tiny policy on generated stories, a few minutes on a CPU.",
+        epilog="Defaults in brackets: the tiny preset (without --model) | the paper's preset (with --model).",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, help="Hugging Face checkpoint folder (Qwen3 or Llama family)")
+    add("--data", type=Path, nargs="+", default=[], help="problems to train on: our JSONL, ToMBench-Hard CSV; without it: generated stories")
+    add("--lang", choices=("en", "zh"), default="en", help="language of bilingual files (en)")
+    add("--out", type=Path, help="folder for checkpoints and log (runs/DATE-TIME)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
+    add("--cold-start", type=Path, metavar="DIR", help="rebuild the embedded policy from nothing (about half an hour on 2 cores) and stop")
+    add_flags(parser.add_argument_group("training"), (TINY_PRESET[0], PAPER[0]))
+    add_flags(parser.add_argument_group("reward (a weight of 0 removes its term)"), (TINY_PRESET[1], PAPER[1]))
+    args = parser.parse_args()
+    if args.cold_start:
+        cold_start(args.cold_start, ColdStartConfig(), args.seed or 0)
+        return
+    config, rewards = (choose_config(args, preset) for preset in (PAPER if args.model else TINY_PRESET))
+    if args.resume and not args.out:
+        raise ValueError("--resume needs --out: the folder of the run to go on with")
+    out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards)
+    saved = checkpoints(out)
+    if saved and not args.resume:
+        raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")
+    if args.resume and not saved:
+        raise ValueError(f"{out} holds no checkpoint to resume from")
+    if args.resume:
+        then = read_json(saved[-1] / "state.json")["run"]
+        if changed := [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in run.saved().items() if then.get(key) != value]:
+            raise ValueError(f"cannot resume {saved[-1]} with other settings: {'; '.join(changed)}")
+    print(f"config: {json.dumps(run.saved())}")
+    train(run, saved[-1] if args.resume else None)
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

@@ -12,11 +12,17 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
+import jinja2
 import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -425,3 +431,77 @@ def save_model(model: Transformer, path: str | Path) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and chat
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer with its chat template and its stop tokens; text in, token ids out, and back."""
+
+    def __init__(self, path: str | Path):
+        folder = Path(path)
+        if not (folder / "tokenizer.json").exists():
+            raise ValueError(f"{folder / 'tokenizer.json'}: no such file; expected the tokenizer of a Hugging Face checkpoint folder")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer file: {error}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        options = {n: read_json(folder / n) if (folder / n).exists() else {} for n in _TOKEN_FILES}
+        settings = options["tokenizer_config.json"]
+        self.tokens = {  # bos_token and the like, which templates may use; older files store them as objects
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in settings.items()
+            if key.endswith("_token") and isinstance(value, (str, dict))
+        }
+        template = folder / "chat_template.jinja"
+        self.template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+        stops = {self.backend.token_to_id(token) for token in (self.tokens.get("eos_token"), *_END_OF_TURN) if token}
+        for name in ("generation_config.json", "config.json"):
+            ids = options[name].get("eos_token_id")
+            stops.update(ids if isinstance(ids, list) else [ids])
+        self.stop_ids = tuple(sorted(stops - {None}))
+        self.max_new_tokens: int = options["generation_config.json"].get("max_new_tokens") or 1024
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens dropped."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        if not self.template:
+            raise ValueError("the checkpoint has no chat template: expected chat_template.jinja, or one in tokenizer_config.json")
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        return environment.from_string(self.template)
+
+    def render(self, messages: list[dict[str, str]], thinking: bool = True) -> str:
+        """The chat as text, by the checkpoint's own template, ending with the generation prompt."""
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=True, enable_thinking=thinking, **self.tokens)
+        except TemplateError as error:
+            raise ValueError(f"the checkpoint's chat template failed: {error}") from None
+
+    def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:
+        """Ids of a chat, generation prompt included."""
+        return self.encode(self.render(messages, thinking))
+
+    @cached_property
+    def think_prefix(self) -> str:
+        """"<think>" where the generation prompt itself opens that tag, so that the parser must be given it back."""
+        return "<think>" if self.render([{"role": "user", "content": "?"}]).rstrip().endswith("<think>") else ""
+
+
+_TOKEN_FILES = ("tokenizer_config.json", "generation_config.json", "config.json")
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)

@@ -9,24 +9,37 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from socialr1 import STAGES, Problem, Response
+
+
+def setting(default, help: str):
+    """A config field that knows its meaning; the command line takes its help from here."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     """Weights and constants of the reward. A weight of 0 removes its term: that is how the ablations run."""
 
-    w_out: float = 1.0  # [O]
-    w_struct: float = 0.5  # [O]
-    w_content: float = 0.5  # [O]
-    min_length: int = 32  # Lmin in tokens [O]
-    max_length: int = 1024  # Lmax in tokens [O]
-    sharpness: float = 50.0  # k of the length window [P]
-    tau_start: float = 0.2  # curriculum: outcome first ... [P: the idea; O: the numbers]
-    tau_from: float = 0.0  # ... until this share of the run
-    tau_to: float = 0.6  # ... and process in full from here on
+    w_out: float = setting(1.0, "weight of R_out, the right letter [O]")
+    w_struct: float = setting(0.5, "weight of R_struct, the four stages in order [O]")
+    w_content: float = setting(0.5, "weight of R_content, grounding in the story [O]; no model for it yet: left out")
+    min_length: int = setting(32, "tokens; the length window is 0.5 here ... [O]")
+    max_length: int = setting(1024, "... and here [O]")
+    sharpness: float = setting(50.0, "steepness k of the length window [P]")
+    tau_start: float = setting(0.2, "curriculum, outcome first [P: the idea; O: the numbers]: weight of the process terms at first")
+    tau_from: float = setting(0.0, "share of the run until which it stays there")
+    tau_to: float = setting(0.6, "share of the run from which it is 1")
+
+    def __post_init__(self):
+        if not 0 < self.min_length < self.max_length:
+            raise ValueError(f"--min-length {self.min_length} --max-length {self.max_length}: expected 0 < min < max")
+        if not 0 <= self.tau_from <= self.tau_to <= 1 or not 0 <= self.tau_start <= 1:
+            raise ValueError("--tau-start, --tau-from and --tau-to are shares in [0, 1], and --tau-from comes before --tau-to")
+        if not min(self.w_out, self.w_struct, self.w_content) >= 0 or not self.sharpness > 0:
+            raise ValueError("--w-out, --w-struct and --w-content must be 0 or more, --sharpness above 0")
 
 
 @dataclass(frozen=True)
@@ -82,14 +95,19 @@ def stage_order(response: Response) -> float:
     return len(tails) / len(response.stages) if response.stages else 0.0
 
 
+def early_options(response: Response, problem: Problem) -> list[bool]:
+    """For each passage before the answer stage (other stages, wherever they stand, and any preamble): does it name an option?"""
+    passages = [text for name, text in response.stages if name != STAGES[-1]]
+    passages += [response.preamble] if response.preamble else []
+    return [names_option(text, problem) for text in passages]
+
+
 def structure_reward(response: Response, problem: Problem) -> float:
     """R_struct in [0, 1] = coverage x order x independence [O]; 0 when no stage is present."""
     if not response.stages:
         return 0.0
-    passages = [text for name, text in response.stages if name != STAGES[-1]]
-    passages += [response.preamble] if response.preamble else []
-    early = sum(names_option(text, problem) for text in passages)
-    independence = 1 - early / len(passages) if passages else 1.0
+    early = early_options(response, problem)
+    independence = 1 - sum(early) / len(early) if early else 1.0
     return len(response.stages) / len(STAGES) * stage_order(response) * independence
 
 
