@@ -11,6 +11,7 @@ One reader serves ToMBench's JSONL, ToMBench-Hard's CSV and our own JSONL: colum
 import argparse
 import ast
 import csv
+import io
 import json
 import math
 import os
@@ -41,31 +42,34 @@ DO_NOT_TRAIN = {"tombench": "ToMBench asks in so many words that its items never
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row with normalised keys) of a JSONL or CSV file; ValueError names file and line."""
-    number = 0
+    """(line number, row) of a JSONL or CSV file; ValueError names file and line."""
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            if file.suffix.lower() == ".csv":
-                reader = csv.DictReader(lines, strict=True)
-                for row in reader:
-                    number = reader.line_num
-                    if None in row:
-                        raise ValueError(f"{file}:{number}: more cells than the {len(reader.fieldnames)} columns")
-                    yield number, {_key(key): value for key, value in row.items()}
-                return
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
+        data = file.read_bytes()
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}:{data[: error.start].count(10) + 1}: not UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl or .csv file, or a folder of them") from None
+    number = 1
+    try:
+        if file.suffix.lower() == ".csv":
+            reader = csv.DictReader(text, strict=True)
+            for row in reader:
+                number = reader.line_num
+                if None in row:
+                    raise ValueError(f"{file}:{number}: more cells than the {len(reader.fieldnames)} columns")
+                yield number, row
+            return
+        for number, line in enumerate(text, start=1):
+            if line.strip():
                 row = json.loads(line)  # reads the bare NaN of ToMBench
                 if not isinstance(row, dict):
                     raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
-                yield number, {_key(key): value for key, value in row.items()}
-    except (json.JSONDecodeError, csv.Error, RecursionError) as error:
-        raise ValueError(f"{file}:{max(number, 1)}: broken row: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}:{number + 1}: not UTF-8: {error.reason}") from None
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl or .csv file, or a folder of them") from None
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{number}: not JSON, at column {error.colno}: {error.msg}") from None
+    except (csv.Error, RecursionError) as error:
+        raise ValueError(f"{file}:{number}: broken row: {error}") from None
 
 
 def _key(name: str) -> str:
@@ -122,9 +126,10 @@ def _find(row: dict, names: tuple[str, ...]) -> str:
 
 def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Problem], list[str]]:
     """The benchmark's name, its problems, and notes on rows that were left out."""
-    rows = list(_rows(file))
-    if not rows:
+    raw = list(_rows(file))
+    if not raw:
         raise ValueError(f"{file}: no rows; expected JSONL or CSV with one problem a row")
+    rows = [(number, {_key(key): value for key, value in row.items()}) for number, row in raw]
     other = "zh" if lang == "en" else "en"
     columns = rows[0][1].keys()
     if not (columns & {*_STORY[lang], *_QUESTION[lang]}):  # a file in the other language only
@@ -137,7 +142,7 @@ def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Probl
         "answer": columns & set(_ANSWER),
     }
     if missing := [part for part, names in found.items() if not names]:
-        raise ValueError(f"{file}: no column for {', '.join(missing)}; the columns are: {', '.join(map(repr, columns))}")
+        raise ValueError(f"{file}: no column for {', '.join(missing)}; the columns are: {', '.join(map(repr, raw[0][1]))}")
     bilingual = {*_STORY["en"]} & columns and {*_STORY["zh"]} & columns
     if name is None:
         name = "tombench" if bilingual else "tombench-hard" if file.suffix.lower() == ".csv" else "problems"
@@ -155,7 +160,7 @@ def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Probl
                 question=_find(row, question_names),
                 options=options,
                 answer=_letter(_find(row, _ANSWER), options, first_index),
-                ability=" ".join(_find(row, _ABILITY).split()),
+                ability=_find(row, _ABILITY).partition(":")[0].strip().lower(),  # "Belief: Second-order beliefs" is belief
                 source=_text(row.get("source")) or f"{name}/{file.stem}",
                 id=_text(row.get("id")) or f"{file.stem}:{number}",
                 variant=_text(row.get("variant")),

@@ -70,7 +70,7 @@ def words(text: str) -> list[str]:
 
 
 _NAMED_LETTER = re.compile(
-    r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i:[ \t]{0,3}(?:is\b|是))?[\s:：*\"'“‘(\[]{0,4}([A-Z])(?!\w)"
+    r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i:[ \t]{0,3}(?:is\b|是))?[\s:：*\"'“‘(\[]{0,4}([A-Z])" + rf"(?![^\W{_CJK}])"
     r"|[(（]([A-Z])[)）]"
     r"|^[ \t]{0,8}([A-Z])[.)]",
     re.MULTILINE,
