@@ -417,6 +417,7 @@ def save_model(model: Transformer, path: str | Path) -> None:
             for name, p in model.named_parameters()
         }
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+        os.chmod(temporary / "model.safetensors", 0o644)  # the library makes it private
         raw = model.config.raw | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
         raw.pop("torch_dtype", None)
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

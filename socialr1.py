@@ -182,7 +182,7 @@ def believed(view: View) -> str:
 
 ABILITIES = ("belief", "desire", "emotion", "intention", "knowledge", "non-literal communication")
 TWISTS = ("unseen change", "being told", "peeking", "false report", "second order")
-FEELINGS = {"a joy": "happy", "a fright": "scared", "an annoyance": "angry", "a bore": "bored"}
+FEELINGS = {"pleased": "happy", "scared": "scared", "angered": "angry", "bored": "bored"}
 SPEECH = ("the truth", "a mistake", "a lie", "a joke")
 
 # A script is a few events. Roles: X is asked about, M makes the changes, Y is a third person. "=2" M makes value 2 real,
@@ -296,7 +296,7 @@ MAIN = Lexicon(
         "plan peek": "Behind the door {a} secretly heard {m} talk about the {v}.|In secret {a} heard about the new plan of {m}.",
         "plan tell": '{a} phoned {b} and spoke of going to the {v}.|{a} sent {b} a message: "I will go to the {v}."',
         "plan note": "Last week they had been to the {v}.|The {v} was very busy.",
-        "parcel open": "To {x}, {feelings}. {m} had a parcel for {x}.|{m} packed a parcel for {x}. To {x}, {feelings}.",
+        "parcel open": "{feelings}. {m} had a parcel for {x}.|{m} packed a parcel for {x}. Everybody knew that {feelings}.",
         "parcel set": "{a} put the {v} in the parcel.|Into the parcel {a} put the {v}.",
         "parcel reset": "{a} took it out and put in the {v}.|Then {a} put the {v} in the parcel instead.",
         "parcel peek": "Through the window {a} secretly saw the {v} in the parcel.|In secret {a} looked into the parcel.",
@@ -337,7 +337,7 @@ SHIFT = Lexicon(
         "plan peek": "Nobody saw {a} listen as {m} spoke of the {v}.|Unobserved, {a} learned where {m} would be.",
         "plan tell": '"Find me at the {v}," {a} wrote to {b}.|According to the note that {b} got from {a}, {a} would be at the {v}.',
         "plan note": "On the map, the {v} was easy to find.|A film had been made about the {v}.",
-        "parcel open": "A parcel was being made for {x} by {m}. As all knew, {feelings} for {x}.",
+        "parcel open": "A parcel was being made for {x} by {m}. As all knew, {feelings}.",
         "parcel set": "The {v} went into the parcel: {a} placed it there.|{a} chose the {v} and wrapped it in the parcel.",
         "parcel reset": "Later on, {a} replaced it with the {v}.|{a} preferred the {v} and wrapped that in the parcel.",
         "parcel peek": "Nobody saw {a} take a quick look into the parcel.|Unobserved, {a} opened the parcel and found the {v}.",
@@ -363,7 +363,7 @@ class Story:
     twist: str
     shortcut: str  # the letter that "everybody knows what the reader knows" leads to: right in controls, wrong in hard stories
     cast: dict[str, str] = field(repr=False)  # roles x, y, m; words o, r
-    likes: dict[str, str] = field(default_factory=dict, repr=False)  # emotion: value -> a joy, a fright, ...
+    likes: dict[str, str] = field(default_factory=dict, repr=False)  # emotion: value -> pleased, scared, ...
 
 
 def replay(story: Story) -> World:
@@ -439,7 +439,7 @@ def write_stages(story: Story, of_x: View, of_y: View) -> list[str]:
         meaning = f"{x} thinks {thought(believed(of_x))}. {x} thinks that {y} thinks {thought(believed(of_y))}."
         goal = f"{x} wants to {dict(zip(SPEECH, ('inform', 'inform', 'mislead', 'amuse')))[option]} {y}."
     elif ability == "emotion":
-        goal = f"To {x} the {believed(of_x)} was {story.likes[believed(of_x)]}."
+        goal = f"The {believed(of_x)} {story.likes[believed(of_x)]} {x}."
     return [cues, meaning, goal, _DEEDS[ability].format(option=option, **cast) + f": {letter}."]
 
 
@@ -464,7 +464,8 @@ def _events(script: str, cast: dict[str, str], values: list[str]) -> list[Event]
 
 def _tell(events: tuple[Event, ...], wording: dict[str, str], family: str, words: dict[str, str]) -> str:
     """The story in English. A report of something that is not so says that it is not: the reader knows, the character does not."""
-    sentences, current = [wording[f"{family} open"].format(**words)], ""
+    opening = wording[f"{family} open"].format(**words)
+    sentences, current = [opening[0].upper() + opening[1:]], ""
     for event in events:
         kind = "reset" if event.kind == "set" and current else event.kind
         template = wording[kind] if kind in wording else wording[f"{family} {kind}"]
@@ -495,7 +496,7 @@ def _twins(split: str, seed: int, pair: int) -> list[Story]:
     likes = dict(zip(values, rng.sample(list(FEELINGS), 4))) if ability == "emotion" else {}
     wording = {key: rng.choice(alternatives.split("|")) for key, alternatives in lexicon.sentences.items()}
     people = [cast[role] for role in "xym" if role in cast]
-    feelings = [f"the {value} was {feeling}" for value, feeling in likes.items()]
+    feelings = [f"the {value} {feeling} {x}" for value, feeling in likes.items()]
     opening = {"all": _list(rng.sample(people, len(people))), "feelings": _list(rng.sample(feelings, len(feelings)))}
     if ability == "knowledge":
         options = [f"only {x}", f"only {y}", "both of them", "neither of them"]

@@ -1,8 +1,39 @@
-"""The objective against literals: the reference case of STYLE.md (TRL's and verl's loss functions and plain arithmetic agree on it)."""
+"""The objective against literals (the reference case of STYLE.md, on which TRL's and verl's loss functions and plain arithmetic
+agree), and the loop around it on the embedded model."""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, kl_to_reference
+import grpo
+from eval import TINY, measure, summarise
+from grpo import (
+    ColdStartConfig,
+    GRPOConfig,
+    Rollout,
+    Run,
+    checkpoints,
+    cold_start,
+    flawed_trace,
+    group_advantages,
+    grpo_loss,
+    kl_to_reference,
+    micro_batches,
+    problems_of_step,
+    train,
+    update,
+)
+from model import Completion, Tokenizer, generate, load_model
+from rewards import Reward, RewardConfig
+from socialr1 import build_messages, generate_problems, generate_stories
 
 NAN = float("nan")
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
@@ -89,3 +120,161 @@ def test_bad_arguments_say_what_to_do():
         grpo_loss(POLICY, OLD, REFERENCE, ADVANTAGES, MASK, reduction="mean")
     with pytest.raises(ValueError, match="max_length"):
         grpo_loss(POLICY, OLD, REFERENCE, ADVANTAGES, MASK, reduction="dr_grpo")
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+CONFIG = GRPOConfig(
+    steps=4, prompts=2, group_size=4, lr=1e-3, warmup_steps=2, minibatches=2, max_new_tokens=24, token_budget=400, eval_problems=0,
+    eval_every=0, save_every=2,
+)  # fmt: skip
+
+
+def run_in(folder, **changes):
+    return Run(TINY, folder, (), "en", "cpu", replace(CONFIG, **changes), RewardConfig(min_length=4, max_length=40))
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """A reward that a policy cut off at 24 tokens can earn: long reasoning text."""
+    monkeypatch.setattr(grpo, "total_reward", lambda response, problem, length, tau, config: Reward(
+        len(response.think) / 100, {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": None, "len": 1.0, "tau": tau}
+    ))  # fmt: skip
+
+
+def test_problems_are_walked_through_in_a_fresh_order_each_epoch():
+    problems = list(range(10))
+    epochs = [sum((problems_of_step(problems, step, 5, seed=1) for step in (e, e + 1)), []) for e in (0, 2)]
+    assert [sorted(epoch) for epoch in epochs] == [problems, problems] and epochs[0] != epochs[1]
+    assert problems_of_step(problems, 3, 5, seed=1) == problems_of_step(problems, 3, 5, seed=1)
+    assert len(problems_of_step(problems, 0, 25, seed=1)) == 25  # more than there are: they come again
+
+
+def test_micro_batches_hold_every_completion_once_and_keep_the_budget():
+    prompts = [[0] * 10, [0] * 30]
+    groups = [[Completion([1] * n, [0.0] * n, True) for n in (5, 20, 5)] for _ in prompts]
+    pieces = list(micro_batches(prompts, groups, budget=60))
+    assert pieces == [([0], [slice(0, 2)]), ([0], [slice(2, 3)]), ([1], [slice(0, 1)]), ([1], [slice(1, 2)]), ([1], [slice(2, 3)])]
+    assert list(micro_batches(prompts, groups, budget=10**6)) == [([0, 1], [slice(0, 3), slice(0, 3)])]
+
+
+@pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batched_updates_are_those_of_the_full_batch(reduction):
+    tokenizer, results = Tokenizer(TINY), []
+    for budget in (10**6, 300):
+        model, reference = load_model(TINY), load_model(TINY)
+        problems = generate_problems(4, seed=0)
+        prompts = [tokenizer.chat(build_messages(p)) for p in problems]
+        groups = generate(model, prompts, 3, 24, stop_ids=tokenizer.stop_ids)
+        advantages = torch.tensor([[1.0, -1.0, 0.5]]).repeat(4, 1)
+        rollout = Rollout(problems, prompts, groups, [], advantages)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = replace(CONFIG, reduction=reduction, token_budget=budget, max_grad_norm=1e9)
+        metrics = update(model, reference, optimizer, rollout, config)
+        results.append((metrics, [p.detach().clone() for p in model.parameters()]))
+    (whole, weights), (pieces, same) = results
+    assert pieces == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    for a, b in zip(weights, same):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert max(float((a - start).abs().max()) for a, start in zip(weights, load_model(TINY).parameters())) > 1e-4  # it did move
+
+
+def test_a_planted_reward_is_learned_and_transformers_loads_the_result(tmp_path, planted):
+    train(run_in(tmp_path, steps=12, prompts=4, group_size=8, lr=2e-3, save_every=12))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(12))
+    first, last = (sum(line["reward"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
+    assert last > first + 0.05, (first, last)
+    assert max(line["logprob_drift"] for line in lines) < 1e-4  # the sampler's log-probabilities are the trainer's
+    saved = tmp_path / "checkpoint-000012"
+    tokens = torch.tensor([Tokenizer(saved).encode("Anna put the ball in the box.")])
+    model = load_model(saved)
+    assert not torch.equal(model(tokens), load_model(TINY)(tokens))
+    transformers = pytest.importorskip("transformers")
+    shutil.move(saved, tmp_path / "elsewhere")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere", dtype=torch.float32)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(tmp_path, planted, monkeypatch, capsys):
+    train(run_in(tmp_path / "whole"))
+    step = grpo.train_step
+
+    def interrupted(*arguments):
+        metrics = step(*arguments)
+        if arguments[-1] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+
+    monkeypatch.setattr(grpo, "train_step", interrupted)
+    train(run_in(tmp_path / "broken"))
+    assert "stopped after step 3 of 4" in capsys.readouterr().out
+    monkeypatch.setattr(grpo, "train_step", step)
+    (last,) = [path for path in checkpoints(tmp_path / "broken") if path.name == "checkpoint-000003"]
+    train(run_in(tmp_path / "broken"), resume=last)
+    logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]
+    for line in sum(logs, []):
+        del line["seconds"], line["tokens_per_second"]
+    assert logs[0] == logs[1]
+    whole, broken = (load_model(tmp_path / name / "checkpoint-000004") for name in ("whole", "broken"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters()))
+
+
+def test_settings_that_would_train_something_else_are_refused():
+    for changes, message in [
+        (dict(group_size=1), "--group-size 1: an advantage needs a group of at least 2"),
+        (dict(temperature=0.7), "--temperature 1 --top-p 1 --top-k 0"),
+        (dict(top_k=5), "--temperature 1 --top-p 1 --top-k 0"),
+        (dict(reduction="mean"), "expected grpo, dapo or dr_grpo"),
+        (dict(minibatches=3), "--minibatches 3: expected 1 to --prompts 2"),
+        (dict(steps=0), "--steps 0: expected at least 1"),
+        (dict(lr=float("nan")), "--lr nan: expected 0 or more"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            replace(CONFIG, **changes)
+
+
+def test_the_command_line(tmp_path):
+    def command(*arguments):
+        done = subprocess.run([sys.executable, "grpo.py", *arguments], cwd=TINY.parent.parent, capture_output=True, text=True, timeout=200)
+        return done.returncode, done.stdout, done.stderr
+
+    rows = [{"story": f"s{i}", "question": "q", "options": ["a", "b"], "answer": "A"} for i in range(12)]
+    data, bench = tmp_path / "mine.jsonl", tmp_path / "bench.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    bench.write_text("\n".join(json.dumps({"STORY": "s", "故事": "s", "QUESTION": "q", "问题": "q", "OPTION-A": "a", "OPTION-B": "b", "选项A": "a", "选项B": "b", "答案\nANSWER": "A"}) for _ in range(12)))  # fmt: skip
+    small = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8"]
+    code, out, err = command("--data", str(data), str(bench), "--out", str(tmp_path / "run"), *small)
+    assert code == 0, err
+    assert "12 problems (problems)" in err + out and "R_content is off" in err + out
+    assert "WARNING: ToMBench asks in so many words that its items never be trained on" in err + out
+    assert "held out before" in out and "next: python eval.py --model" in out
+    for arguments, message in [
+        (("--out", str(tmp_path / "run")), "holds a run already"),
+        (("--out", str(tmp_path / "run"), "--resume", *small, "--lr", "1"), "cannot resume"),
+        (("--out", str(tmp_path / "none"), "--resume"), "holds no checkpoint"),
+        (("--model", str(tmp_path / "none")), "no such model folder"),
+        (("--group-size", "1"), "at least 2"),
+        (("--steps", "many"), "invalid int value"),
+    ]:
+        code, out, err = command(*arguments)
+        assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, (arguments, err)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_cold_start_runs_from_nothing(tmp_path):
+    cold_start(tmp_path / "tiny", ColdStartConfig(lookup_steps=1, clean_steps=1, flawed_steps=1, rows=2), seed=0)
+    model, tokenizer = load_model(tmp_path / "tiny"), Tokenizer(tmp_path / "tiny")
+    assert model.config.vocab_size == tokenizer.backend.get_vocab_size() == model.embed_tokens.weight.shape[0]
+    text = "Ünïcode 漢字 <think> Anna </think>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_flawed_traces_have_flaws_in_the_planted_shares():
+    config, rng = ColdStartConfig(), random.Random(0)
+    stories = generate_stories(1200, seed=9)
+    records = [measure(s.problem, flawed_trace(s, rng, config), 0) for s in stories]
+    result = summarise(records)
+    assert result["parse_rate"] == 1.0
+    assert result["hard"] == pytest.approx(1 - 0.62, abs=0.06) and result["control"] == pytest.approx(1 - 0.12, abs=0.06)
+    assert result["stage_order"] == pytest.approx(1 - 0.35, abs=0.05)
+    assert result["option_early"] == pytest.approx(0.35, abs=0.06)

@@ -146,7 +146,7 @@ def answer_by_hand(story):
         return "a joke" if belief_by_hand(events, y, knower=x) == belief_by_hand(events, x) else "a lie"
     belief = belief_by_hand(events, x, knower)
     if ability == "emotion":
-        return {"a joy": "happy", "a fright": "scared", "an annoyance": "angry", "a bore": "bored"}[story.likes[belief]]
+        return {"pleased": "happy", "scared": "scared", "angered": "angry", "bored": "bored"}[story.likes[belief]]
     return {"belief": "in the ", "desire": "", "intention": "at the "}[ability] + belief
 
 
