@@ -31,7 +31,7 @@ from grpo import (
     train,
     update,
 )
-from model import Completion, Tokenizer, generate, load_model
+from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
 from socialr1 import build_messages, generate_problems, generate_stories
 
@@ -129,16 +129,31 @@ CONFIG = GRPOConfig(
 )  # fmt: skip
 
 
-def run_in(folder, **changes):
-    return Run(TINY, folder, (), "en", "cpu", replace(CONFIG, **changes), RewardConfig(min_length=4, max_length=40))
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """The embedded model's folder with random weights: a policy with room to move in any direction."""
+    torch.manual_seed(0)
+    model = load_model(TINY)
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    save_model(model, tmp_path_factory.mktemp("untrained") / "model")
+    return tmp_path_factory.getbasetemp() / "untrained0" / "model"
 
 
 @pytest.fixture
 def planted(monkeypatch):
-    """A reward that a policy cut off at 24 tokens can earn: long reasoning text."""
-    monkeypatch.setattr(grpo, "total_reward", lambda response, problem, length, tau, config: Reward(
-        len(response.think) / 100, {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": None, "len": 1.0, "tau": tau}
-    ))  # fmt: skip
+    """A reward that any policy can earn: the share of sampled ids that are even."""
+
+    def score(problems, groups, tokenizer, tau, config):
+        parts = {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": None, "len": 1.0, "tau": tau}
+        return [[Reward(sum(t % 2 == 0 for t in c.tokens) / len(c.tokens), parts) for c in group] for group in groups]
+
+    monkeypatch.setattr(grpo, "score", score)
+
+
+def run_in(folder, model, **changes):
+    return Run(model, folder, (), "en", "cpu", replace(CONFIG, **changes), RewardConfig())
 
 
 def test_problems_are_walked_through_in_a_fresh_order_each_epoch():
@@ -171,32 +186,40 @@ def test_micro_batched_updates_are_those_of_the_full_batch(reduction):
         config = replace(CONFIG, reduction=reduction, token_budget=budget, max_grad_norm=1e9)
         metrics = update(model, reference, optimizer, rollout, config)
         results.append((metrics, [p.detach().clone() for p in model.parameters()]))
-    (whole, weights), (pieces, same) = results
+    (whole, updated), (pieces, same) = results
     assert pieces == pytest.approx(whole, rel=1e-4, abs=1e-5)
-    for a, b in zip(weights, same):
+    for a, b in zip(updated, same):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    assert max(float((a - start).abs().max()) for a, start in zip(weights, load_model(TINY).parameters())) > 1e-4  # it did move
+    assert not any(torch.equal(a, start) for a, start in zip(updated, weights(TINY)))  # they did move
 
 
-def test_a_planted_reward_is_learned_and_transformers_loads_the_result(tmp_path, planted):
-    train(run_in(tmp_path, steps=12, prompts=4, group_size=8, lr=2e-3, save_every=12))
+def test_a_planted_reward_is_learned_and_transformers_loads_the_result(tmp_path, planted, untrained):
+    train(run_in(tmp_path, untrained, steps=12, prompts=4, group_size=8, lr=3e-3, save_every=12))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(12))
     first, last = (sum(line["reward"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
-    assert last > first + 0.05, (first, last)
+    assert first < 0.6 and last > 0.7, (first, last)
     assert max(line["logprob_drift"] for line in lines) < 1e-4  # the sampler's log-probabilities are the trainer's
-    saved = tmp_path / "checkpoint-000012"
-    tokens = torch.tensor([Tokenizer(saved).encode("Anna put the ball in the box.")])
-    model = load_model(saved)
-    assert not torch.equal(model(tokens), load_model(TINY)(tokens))
+    assert all(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "checkpoint-000012"), weights(untrained)))
+
+
+def weights(path):
+    return list(load_model(path).parameters())
+
+
+def test_transformers_loads_a_trained_checkpoint_that_was_moved(tmp_path, planted, untrained):
     transformers = pytest.importorskip("transformers")
-    shutil.move(saved, tmp_path / "elsewhere")
+    train(run_in(tmp_path, untrained))
+    model = load_model(tmp_path / "checkpoint-000004")
+    shutil.move(tmp_path / "checkpoint-000004", tmp_path / "elsewhere")
+    tokens = torch.tensor([Tokenizer(tmp_path / "elsewhere").encode("Anna put the ball in the box.")])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere", dtype=torch.float32)
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(model(tokens), load_model(untrained)(tokens))
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(tmp_path, planted, monkeypatch, capsys):
-    train(run_in(tmp_path / "whole"))
+def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(tmp_path, planted, untrained, monkeypatch, capsys):
+    train(run_in(tmp_path / "whole", untrained))
     step = grpo.train_step
 
     def interrupted(*arguments):
@@ -206,17 +229,17 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(tmp_
         return metrics
 
     monkeypatch.setattr(grpo, "train_step", interrupted)
-    train(run_in(tmp_path / "broken"))
+    train(run_in(tmp_path / "broken", untrained))
     assert "stopped after step 3 of 4" in capsys.readouterr().out
     monkeypatch.setattr(grpo, "train_step", step)
     (last,) = [path for path in checkpoints(tmp_path / "broken") if path.name == "checkpoint-000003"]
-    train(run_in(tmp_path / "broken"), resume=last)
+    train(run_in(tmp_path / "broken", untrained), resume=last)
     logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]
     for line in sum(logs, []):
         del line["seconds"], line["tokens_per_second"]
     assert logs[0] == logs[1]
-    whole, broken = (load_model(tmp_path / name / "checkpoint-000004") for name in ("whole", "broken"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters()))
+    whole, broken = (weights(tmp_path / name / "checkpoint-000004") for name in ("whole", "broken"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, broken))
 
 
 def test_settings_that_would_train_something_else_are_refused():
