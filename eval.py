@@ -312,10 +312,10 @@ def write_json(path: Path, value: object) -> None:
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Call a command's main; a ValueError (bad file, flag or value) is one line on stderr and exit code 2."""
+    """Call a command's main; a bad file, flag or value is one line on stderr and exit code 2."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

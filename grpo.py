@@ -98,8 +98,8 @@ class GRPOConfig:
 PAPER = (GRPOConfig(), RewardConfig())
 TINY_PRESET = (  # the embedded default: what SETTINGS.md found for a model of 0.7M parameters on a CPU
     GRPOConfig(
-        steps=80, prompts=16, group_size=8, lr=3e-4, warmup_steps=5, minibatches=2, max_new_tokens=160, token_budget=16384,
-        eval_problems=600, eval_every=20, save_every=20,
+        steps=50, prompts=16, group_size=8, lr=3e-4, warmup_steps=5, minibatches=2, max_new_tokens=160, token_budget=16384,
+        eval_problems=400, eval_every=10, save_every=10,
     ),
     RewardConfig(min_length=16, max_length=160),
 )  # fmt: skip
@@ -399,13 +399,10 @@ def train(run: Run, resume: Path | None = None) -> None:
             for name, some in held_out.items()
         }  # fmt: skip
 
-    before_file = run.out / "before.json"
-    if not before_file.exists() or not resume:
-        write_json(before_file, examine("before"))
-    stop = Interrupt()
+    if not resume:
+        write_json(run.out / "before.json", examine("before"))
+    stop, step, path = Interrupt(), first - 1, resume
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="grpo", unit="step")
-    step = first
-    path = resume
     with stop, open(log, "a", encoding="utf-8") as lines:
         for step in bar:
             metrics = train_step(model, reference, optimizer, tokenizer, problems, run, step)
@@ -418,16 +415,21 @@ def train(run: Run, resume: Path | None = None) -> None:
                 path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()})
             if stop.asked:
                 break
-    if stop.asked and step + 1 < config.steps:
-        print(f"\nstopped after step {step + 1} of {config.steps}; checkpoint: {path}\ngo on with: --out {run.out} --resume")
+    if step + 1 < config.steps:
+        print(f"\nstopped after step {step + 1} of {config.steps}; checkpoint: {path}\ngo on with the same flags and: --out {run.out} --resume")
         return
-    after = examine("after")
-    write_json(run.out / "after.json", after)
-    columns = read_json(before_file) | after
-    print("\n" + table({key: columns[key] for name in held_out for key in (f"{name} before", f"{name} after")}) if after else "")
-    rewards = [json.loads(line)["reward"] for line in log.read_text().splitlines()]
+    write_json(run.out / "after.json", examine("after"))
+    report(run, path)
+
+
+def report(run: Run, path: Path) -> None:
+    """The table before and after, and where everything is."""
+    before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
+    if after:
+        print("\n" + table({name: result for pair in zip(before.items(), after.items()) for name, result in pair}))
+    rewards = [json.loads(line)["reward"] for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     print(f"\nsampled at temperature 1; mean reward {rewards[0]:.3f} in the first step, {rewards[-1]:.3f} in the last")
-    print(f"model: {path}\nlog: {log}\nevery response before and after: {before_file}, {run.out / 'after.json'}")
+    print(f"model: {path}\nlog, and every response before and after: {run.out}/metrics.jsonl, before.json, after.json")
     print(f"next: python eval.py --model {path}")
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,6 +65,9 @@ class ModelConfig:
         for name, value in refused.items():
             if value:
                 raise ValueError(f"config has {name} = {value!r}, which this forward pass does not compute")
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if missing := [name for name in needed if not isinstance(raw.get(name), int)]:
+            raise ValueError(f"config has no whole number for {', '.join(missing)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
@@ -383,7 +386,11 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     for file in _weight_files(folder):
         if not file.exists():
             raise ValueError(f"{file}: no such weights file")
-        with safe_open(file, framework="pt", device=str(device)) as weights:
+        try:
+            weights = safe_open(file, framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a safetensors file: {error}") from None
+        with weights:
             for key in weights.keys():
                 name = key.removeprefix("model.")
                 name = "lm_head.weight" if key == "lm_head.weight" else name

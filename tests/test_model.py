@@ -2,9 +2,10 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 
-from model import ModelConfig, Transformer, choose, completion_logprobs, generate, load_model, save_model
+from model import ModelConfig, Tokenizer, Transformer, choose, completion_logprobs, generate, load_model, save_model
 
 RAW = dict(
     model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -100,6 +101,7 @@ def test_what_does_not_fit_is_named(tiny, tmp_path):
         (dict(hidden_size=16), "has shape"),
         (dict(num_hidden_layers=4), "missing"),
         (dict(num_hidden_layers=2), "has no place"),
+        (dict(hidden_size=None), "no whole number for hidden_size"),
         (dict(model_type="mamba"), "'mamba' is not supported"),
         (dict(use_sliding_window=True), "use_sliding_window"),
         (dict(rope_scaling={"rope_type": "yarn"}), "'yarn' is not supported"),
@@ -107,7 +109,60 @@ def test_what_does_not_fit_is_named(tiny, tmp_path):
         config.write_text(json.dumps(RAW | change))
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path / "model")
+    config.write_text(json.dumps(RAW))
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_model(tmp_path / "model")
     with pytest.raises(ValueError, match="empty prompt"):
         generate(tiny, [[1], []])
     with pytest.raises(ValueError, match="context 64"):
         generate(tiny, [[1]], max_new_tokens=64)
+
+
+TEMPLATE = (
+    "{%- for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '</s>' }}\n{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<s>assistant:' }}{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def tokenizer_folder(path, template=TEMPLATE, **generation):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["user assistant"], trainer)
+    path.mkdir(exist_ok=True)
+    backend.save(str(path / "tokenizer.json"))
+    settings = {"eos_token": {"content": "</s>"}, "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path, eos_token_id=[2, 7], max_new_tokens=33))
+    messages = [{"role": "user", "content": "Hé 漢?"}]
+    assert tokenizer.render(messages) == "<s>user: Hé 漢?</s>\n<s>assistant:<think>\n"
+    assert tokenizer.render(messages, thinking=False) == "<s>user: Hé 漢?</s>\n<s>assistant:"
+    assert tokenizer.decode(tokenizer.chat(messages)) == "user: Hé 漢?\nassistant:<think>\n"
+    assert tokenizer.think_prefix == "<think>" and tokenizer.stop_ids == (2, 7) and tokenizer.max_new_tokens == 33
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # a file of its own wins
+    assert Tokenizer(tmp_path).render(messages) == "Hé 漢?" and Tokenizer(tmp_path).think_prefix == ""
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('no system') }}", "chat template failed: no system"),
+        ("{{ ''.__class__.__mro__ }}", "chat template failed"),  # the sandbox holds
+        ("{% if %}", "chat template failed"),
+        (None, "no chat template"),
+    ],
+)
+def test_templates_that_fail_say_so(tmp_path, template, message):
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path, template))
+    with pytest.raises(ValueError, match=message):
+        tokenizer.chat([{"role": "user", "content": "x"}])
+    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+        Tokenizer(tmp_path / "none")
