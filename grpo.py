@@ -510,14 +510,14 @@ class ColdStartConfig:
 
     lookup_steps: int = 1200  # phase 0: only look-up rows
     clean_steps: int = 3000  # phase 1: correct traces, 40% drill rows
-    flawed_steps: int = 500  # phase 2: planted flaws, 20% drill rows
+    flawed_steps: int = 600  # phase 2: planted flaws, 20% drill rows
     rows: int = 16  # sequences per step
     muon_lr: float = 6e-3  # matrices
     adam_lr: float = 3e-3  # embedding and norms
     invented: float = 0.15  # share of rows whose names and nouns are made-up words, so that copying does not need known words
     shortcut_hard: float = 0.62  # share of flawed traces that believe what the reader knows
     shortcut_control: float = 0.12  # share that lose the last cue instead
-    structure: float = 0.35  # a stage dropped or two swapped
+    structure: float = 0.3  # a stage dropped or two swapped
     early: float = 0.35  # an option named before Response Generation; drawn independently of the others
     repetition: float = 0.12  # a stage's text said twice
 
@@ -623,7 +623,7 @@ def build_tokenizer(folder: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
             "clean_up_tokenization_spaces": False, "model_max_length": 1024, "chat_template": TINY_TEMPLATE,
         },
-        "generation_config.json": {"eos_token_id": [end, backend.token_to_id("<|endoftext|>")], "do_sample": True},
+        "generation_config.json": {"eos_token_id": [end, backend.token_to_id("<|endoftext|>")], "do_sample": True, "max_new_tokens": 160},
         "config.json": config,
     }  # fmt: skip
     for name, content in files.items():
@@ -735,7 +735,7 @@ def cold_start(out: Path, config: ColdStartConfig, seed: int) -> None:
         flawed = story_rows(tokenizer, config, True, seed)
         supervise(model, lookup, letters, config, config.lookup_steps, lambda step: min(1.0, (step + 1) / 50), "look-up")
         supervise(model, clean, letters, config, config.clean_steps, flat_then_linear, "clean")
-        supervise(model, flawed, letters, config, config.flawed_steps, lambda step: 0.15 * (1 - step / config.flawed_steps), "flawed")
+        supervise(model, flawed, letters, config, config.flawed_steps, lambda step: 0.25 * (1 - step / config.flawed_steps), "flawed")
         save_model(model.to(torch.bfloat16), out)
 
 
@@ -769,7 +769,7 @@ def main() -> None:
     add("--out", type=Path, help="folder for checkpoints and log (runs/DATE-TIME)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
-    add("--cold-start", type=Path, metavar="DIR", help="rebuild the embedded policy from nothing (about half an hour on 2 cores) and stop")
+    add("--cold-start", type=Path, metavar="DIR", help="rebuild the embedded policy from nothing (about a quarter of an hour on 2 cores) and stop")
     add_flags(parser.add_argument_group("training"), (TINY_PRESET[0], PAPER[0]))
     add_flags(parser.add_argument_group("reward (a weight of 0 removes its term)"), (TINY_PRESET[1], PAPER[1]))
     args = parser.parse_args()
