@@ -737,6 +737,7 @@ def cold_start(out: Path, config: ColdStartConfig, seed: int) -> None:
         supervise(model, clean, letters, config, config.clean_steps, flat_then_linear, "clean")
         supervise(model, flawed, letters, config, config.flawed_steps, lambda step: 0.25 * (1 - step / config.flawed_steps), "flawed")
         save_model(model.to(torch.bfloat16), out)
+    print(f"model: {out}\nnext: python eval.py --model {out} --temperature 1")
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
