@@ -122,23 +122,40 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer, (rows, kv_heads, length, head_dim). Functional: gradients flow through it."""
+    """Keys and values of every layer, (rows, kv_heads, length, head_dim).
 
-    def __init__(self, layers: int):
+    Without `room` it is functional, and gradients flow through it. With room for so many more positions it grows in place, as
+    sampling needs: appending a token to a tensor would copy the whole cache at every step.
+    """
+
+    def __init__(self, layers: int, room: int = 0):
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
+        self.lengths, self.room = [0] * layers, room
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.keys[layer] is not None:
-            k, v = torch.cat((self.keys[layer], k), dim=2), torch.cat((self.values[layer], v), dim=2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
+        past, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
+        self.lengths[layer] = end
+        if self.room:
+            self.keys[layer][:, :, past:end], self.values[layer][:, :, past:end] = k, v
+        elif past:
+            self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
+            self.values[layer] = torch.cat((self.values[layer], v), dim=2)
+        else:
+            self.keys[layer], self.values[layer] = k, v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def select(self, rows: Tensor) -> "KVCache":
+    def select(self, rows: Tensor, room: int = 0) -> "KVCache":
         """The cache of these rows, in this order; a row may be taken several times (a group) or not at all (finished)."""
-        chosen = KVCache(len(self.keys))
-        chosen.keys = [k.index_select(0, rows) for k in self.keys]
-        chosen.values = [v.index_select(0, rows) for v in self.values]
+
+        def take(x: Tensor, length: int) -> Tensor:
+            taken = x[:, :, :length].index_select(0, rows)
+            return torch.cat((taken, taken.new_empty(*taken.shape[:2], room, taken.shape[3])), dim=2) if room else taken
+
+        chosen = KVCache(len(self.keys), room)
+        chosen.lengths = list(self.lengths)
+        chosen.keys = [take(k, n) for k, n in zip(self.keys, self.lengths)]
+        chosen.values = [take(v, n) for v, n in zip(self.values, self.lengths)]
         return chosen
 
 
@@ -299,7 +316,7 @@ def generate(
     logits = model.head(model.hidden(tokens, valid, cache)[:, -1])  # (P, V)
 
     live = torch.arange(len(prompts) * group_size, device=device)  # rows still being written, row = prompt * G + place
-    cache, valid, logits = cache.select(live // group_size), valid[live // group_size], logits[live // group_size]
+    cache, valid, logits = cache.select(live // group_size, max_new_tokens), valid[live // group_size], logits[live // group_size]
     rolls = np.stack([uniforms(seed, p, g, max_new_tokens) for p in prompts for g in range(group_size)])
     rolls = torch.from_numpy(rolls).to(device)  # (B, max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
@@ -315,7 +332,7 @@ def generate(
             done[row].finished = stop
         if stopped.any():
             keep = (~stopped).nonzero()[:, 0]
-            live, chosen, valid, cache = live[keep], chosen[keep], valid[keep], cache.select(keep)
+            live, chosen, valid, cache = live[keep], chosen[keep], valid[keep], cache.select(keep, max_new_tokens - t)
         if not len(live) or t == max_new_tokens - 1:
             break
         valid = F.pad(valid, (0, 1), value=True)
