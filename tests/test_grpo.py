@@ -26,6 +26,7 @@ from grpo import (
     group_advantages,
     grpo_loss,
     kl_to_reference,
+    load_problems,
     micro_batches,
     problems_of_step,
     train,
@@ -162,6 +163,15 @@ def test_problems_are_walked_through_in_a_fresh_order_each_epoch():
     assert [sorted(epoch) for epoch in epochs] == [problems, problems] and epochs[0] != epochs[1]
     assert problems_of_step(problems, 3, 5, seed=1) == problems_of_step(problems, 3, 5, seed=1)
     assert len(problems_of_step(problems, 0, 25, seed=1)) == 25  # more than there are: they come again
+
+
+def test_files_give_up_whole_stories_for_evaluation(tmp_path):
+    rows = [{"story": f"s{i // 2}", "question": f"q{i}", "options": ["a", "b"], "answer": "A"} for i in range(60)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    problems, held_out = load_problems(replace(run_in(tmp_path, TINY, eval_problems=50), data=(file,)))
+    assert (len(problems), len(held_out["held out"])) == (54, 6)  # three of thirty stories
+    assert not {p.story for p in problems} & {p.story for p in held_out["held out"]}
 
 
 def test_micro_batches_hold_every_completion_once_and_keep_the_budget():
