@@ -58,7 +58,7 @@ class GRPOConfig:
     """Settings of a run; the defaults are the paper's where it states them [P], ours elsewhere [O] (METHOD.md section 5)."""
 
     steps: int = setting(600, "steps, one rollout each [P]")
-    prompts: int = setting(8, "problems per step (P) [O]")
+    prompts: int = setting(4, "problems per step (P) [O]")
     group_size: int = setting(5, "completions per problem (G) [P]")
     lr: float = setting(5e-7, "learning rate of AdamW [P]")
     warmup_steps: int = setting(10, "steps until the learning rate is reached [O]")
@@ -73,7 +73,7 @@ class GRPOConfig:
     top_p: float = setting(1.0, "of rollouts; must be 1")
     top_k: int = setting(0, "of rollouts; must be 0")
     token_budget: int = setting(4096, "tokens in one micro-batch; less needs less memory, results stay the same")
-    eval_problems: int = setting(16, "held-out problems of the table before and after; 0: none")
+    eval_problems: int = setting(8, "held-out problems of the table before and after; 0: none")
     eval_every: int = setting(100, "steps between short evaluations; 0: never")
     save_every: int = setting(50, "steps between checkpoints")
     seed: int = setting(0, "of problems and rollouts")
