@@ -68,7 +68,7 @@ def _rows(file: Path) -> Iterator[tuple[int, dict]]:
                 yield number, row
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}:{number}: not JSON, at column {error.colno}: {error.msg}") from None
-    except (csv.Error, RecursionError) as error:
+    except (csv.Error, RecursionError, OverflowError) as error:
         raise ValueError(f"{file}:{number}: broken row: {error}") from None
 
 
@@ -98,17 +98,21 @@ def _options(row: dict, lang: str) -> list[str]:
                 break
     if not isinstance(texts, (list, tuple)):
         return []
+    if len(texts) > len(LETTERS):
+        raise ValueError(f"{len(texts)} options; there are letters for {len(LETTERS)}")
     texts = [_text(text) for text in texts]
     while texts and not texts[-1]:
         texts.pop()
     if "" in texts:
         raise ValueError(f"option {LETTERS[texts.index('')]} is empty, though a later one is not")
-    return [re.sub(rf"^{letter}\s*[.:：．、)]\s*", "", text) for letter, text in zip(LETTERS, texts)]
+    return [re.sub(rf"^{letter}\s*[.:：．、)]\s*(?=\S)", "", text) for letter, text in zip(LETTERS, texts)]
 
 
 def _letter(answer: object, options: list[str], first_index: int) -> str:
     """The gold as a letter: given as one ("A", "A. "), as an option's text, or as an index."""
     text = _text(answer)
+    if len(text) > 2 and text[0] in LETTERS[: len(options)] and options[LETTERS.index(text[0])] == re.sub(r"^.\s*[.:：．、)]\s*", "", text):
+        return text[0]  # "A. the text of option A"
     bare = text.rstrip(".) ").upper()
     letters = LETTERS[: len(options)]
     if len(bare) == 1 and bare in letters:
@@ -145,7 +149,7 @@ def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Probl
         raise ValueError(f"{file}: no column for {', '.join(missing)}; the columns are: {', '.join(map(repr, raw[0][1]))}")
     bilingual = {*_STORY["en"]} & columns and {*_STORY["zh"]} & columns
     if name is None:
-        name = "tombench" if bilingual else "tombench-hard" if file.suffix.lower() == ".csv" else "problems"
+        name = "tombench-hard" if file.suffix.lower() == ".csv" else "tombench" if "optiona" in columns or "选项a" in columns else "problems"
     first_index = 0 if any(_find(row, _ANSWER) == "0" for _, row in rows) else 1
 
     problems, notes = [], []
@@ -165,8 +169,9 @@ def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Probl
                 id=_text(row.get("id")) or f"{file.stem}:{number}",
                 variant=_text(row.get("variant")),
             )
-            if not problem.question:
-                raise ValueError("the question is empty")
+            if not problem.question or not _text(next((row[key] for key in story_names if key in row), None)):
+                raise ValueError("the story or the question is empty")
+            "".join((problem.story, problem.question, *problem.options)).encode()  # a lone surrogate is no text
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}") from None
         problems.append(problem)
@@ -226,7 +231,7 @@ def evaluate(
     if not problems:
         raise ValueError("no problems to evaluate")
     max_new_tokens = max_new_tokens or tokenizer.max_new_tokens
-    prompts = [tokenizer.chat(build_messages(problem), thinking) for problem in problems]
+    prompts = check_lengths(model, tokenizer, problems, max_new_tokens, thinking)
     records: list[dict] = [{}] * len(problems)
     with tqdm(total=len(problems), desc=label, unit="problem", disable=label is None, leave=False) as bar:
         for batch in batches([len(prompt) for prompt in prompts], max_new_tokens, token_budget):
@@ -234,10 +239,24 @@ def evaluate(
                 model, [prompts[i] for i in batch], 1, max_new_tokens, temperature, top_p, stop_ids=tokenizer.stop_ids, seed=seed
             )
             for i, (completion,) in zip(batch, sampled):
-                text = tokenizer.think_prefix + tokenizer.decode(completion.tokens)
+                text = tokenizer.think_prefix(thinking) + tokenizer.decode(completion.tokens)
                 records[i] = measure(problems[i], text, len(completion.tokens))
             bar.update(len(batch))
     return summarise(records)
+
+
+def check_lengths(
+    model: Transformer, tokenizer: Tokenizer, problems: list[Problem], max_new_tokens: int, thinking: bool = True
+) -> list[list[int]]:
+    """Prompts of all problems; ValueError names the first that leaves no room for an answer, before any work is done."""
+    prompts = [tokenizer.chat(build_messages(problem), thinking) for problem in problems]
+    for problem, prompt in zip(problems, prompts):
+        if len(prompt) + max_new_tokens > model.config.max_positions:
+            raise ValueError(
+                f"problem {problem.id!r} has {len(prompt)} tokens; with --max-new-tokens {max_new_tokens} that exceeds the model's "
+                f"context of {model.config.max_positions}: leave it out, or lower --max-new-tokens"
+            )
+    return prompts
 
 
 def measure(problem: Problem, text: str, length: int) -> dict:
@@ -323,6 +342,13 @@ def exit_on_error(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like all others."""
 
@@ -348,9 +374,13 @@ def main() -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
     add("--json", type=Path, help="write the measures and every response here")
     args = parser.parse_args()
-    if min(args.limit or 1, args.max_new_tokens or 1, args.token_budget) < 1:
-        raise ValueError("--limit, --max-new-tokens and --token-budget must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    for name in ("limit", "max_new_tokens", "token_budget"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    check_device(args.device)
+    if not 0 <= args.seed < 2**31:
+        raise ValueError(f"--seed {args.seed}: expected 0 to 2147483647")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and a share in (0, 1]")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"{args.json.parent}: no such folder for --json; make it first")

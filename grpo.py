@@ -12,6 +12,7 @@ made the policy that the demonstration begins with; it is no part of the method.
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -27,12 +28,13 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import DO_NOT_TRAIN, MEASURES, TINY, Parser, evaluate, exit_on_error, read_files, table, write_json, write_text
-from model import Completion, ModelConfig, Tokenizer, Transformer, completion_logprobs, generate, load_model, pad, read_json, save_model
+from eval import DO_NOT_TRAIN, MEASURES, TINY, Parser, check_device, check_lengths, evaluate, exit_on_error, read_files, table, write_json, write_text
+from model import Completion, ModelConfig, Tokenizer, Transformer, completion_logprobs, generate, load_model, pad, read_json, refuse_other_folders, save_model
 from rewards import Reward, RewardConfig, curriculum, setting, total_reward
 from socialr1 import (
     MAIN,
@@ -65,7 +67,7 @@ class GRPOConfig:
     weight_decay: float = setting(0.0, "of AdamW [O]")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm [O]")
     minibatches: int = setting(1, "updates per rollout [O]")
-    clip_eps: float = setting(0.2, "clip range of the ratio [P]")
+    clip_eps: float = setting(0.2, "clip range of the ratio [O]")
     beta: float = setting(0.04, "weight of the KL to the reference policy; at 0 none is kept in memory [P]")
     reduction: str = setting("grpo", "how token losses are averaged: grpo [P], dapo or dr_grpo")
     max_new_tokens: int = setting(1024, "tokens per completion at most [O]")
@@ -90,9 +92,11 @@ class GRPOConfig:
         for name in ("steps", "prompts", "max_new_tokens", "token_budget", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        for name in ("lr", "beta", "warmup_steps", "weight_decay", "eval_problems", "eval_every"):
-            if not getattr(self, name) >= 0:
+        for name in ("lr", "beta", "clip_eps", "max_grad_norm", "warmup_steps", "weight_decay", "eval_problems", "eval_every"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"--seed {self.seed}: expected 0 to 2147483647")
 
 
 PAPER = (GRPOConfig(), RewardConfig())
@@ -214,7 +218,7 @@ def score(problems: list[Problem], groups: list[list[Completion]], tokenizer: To
     """The trajectory reward of every completion; P lists of G."""
     scored = []
     for problem, group in zip(problems, groups):
-        texts = [tokenizer.think_prefix + tokenizer.decode(completion.tokens) for completion in group]
+        texts = [tokenizer.think_prefix() + tokenizer.decode(completion.tokens) for completion in group]
         responses = [parse_response(text, problem) for text in texts]
         scored.append([total_reward(r, problem, len(c.tokens), tau, config=config) for r, c in zip(responses, group)])
     return scored
@@ -319,10 +323,15 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    tensors = load_file(path / "optimizer.safetensors")
+    try:
+        tensors = load_file(path / "optimizer.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{path}/optimizer.safetensors is damaged: {error}; remove {path} to resume from the one before") from None
     for name, p in model.named_parameters():
         prefix = f"{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
+        if not state:
+            raise ValueError(f"{path}/optimizer.safetensors holds nothing for {name}; remove {path} to resume from the one before")
         optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
 
 
@@ -375,7 +384,11 @@ def train(run: Run, resume: Path | None = None) -> None:
     problems, held_out = load_problems(run)
     held_out = {name: some for name, some in held_out.items() if some}
     model = load_model(resume or run.model, run.device)
+    model.source = run.model  # saving takes the tokenizer from there; a checkpoint resumed from will be deleted
     tokenizer = Tokenizer(run.model)
+    check_lengths(model, tokenizer, problems, config.max_new_tokens)
+    if len(problems) < config.prompts:
+        raise ValueError(f"{len(problems)} training problems: --prompts {config.prompts} needs at least as many; lower it")
     reference = load_model(run.model, run.device).requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first = 0
@@ -384,7 +397,7 @@ def train(run: Run, resume: Path | None = None) -> None:
         first = read_json(resume / "state.json")["step"]
     run.out.mkdir(parents=True, exist_ok=True)
     log = run.out / "metrics.jsonl"
-    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] < first] if log.exists() else []
+    kept = log.read_text().splitlines()[:first] if log.exists() else []  # one line per step
     write_text(log, "".join(f"{line}\n" for line in kept))
     tqdm.write(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
@@ -412,7 +425,7 @@ def train(run: Run, resume: Path | None = None) -> None:
                 for name, result in examine("", share=4).items():
                     metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
             print(json.dumps(metrics), file=lines, flush=True)
-            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "out", "struct", "kl", "length")})
+            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "out", "struct", "entropy", "length")})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
                 path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()})
             if stop.asked:
@@ -474,6 +487,7 @@ def train_step(
         "length": tokens / len(completions),
         "finished": sum(c.finished for c in completions) / len(completions),
         **metrics,
+        "kl": metrics["kl"] if reference is not None else None,  # without a reference it is not known
         "lr": lr,
         "tokens_per_second": tokens / (clock[1] - clock[0]),
         "seconds": {name: b - a for name, a, b in zip(("rollout", "score", "update"), clock, clock[1:])},
@@ -717,6 +731,7 @@ def supervise(
 
 def cold_start(out: Path, config: ColdStartConfig, seed: int) -> None:
     """Build tokenizer and model from nothing and train them into the policy that the demonstration starts from."""
+    refuse_other_folders(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build_tokenizer(folder)
@@ -776,6 +791,7 @@ def main() -> None:
     add_flags(parser.add_argument_group("training"), (TINY_PRESET[0], PAPER[0]))
     add_flags(parser.add_argument_group("reward (a weight of 0 removes its term)"), (TINY_PRESET[1], PAPER[1]))
     args = parser.parse_args()
+    check_device(args.device)
     if args.cold_start:
         cold_start(args.cold_start, ColdStartConfig(), args.seed or 0)
         return
@@ -790,7 +806,7 @@ def main() -> None:
     if args.resume and not saved:
         raise ValueError(f"{out} holds no checkpoint to resume from")
     if args.resume:
-        then = read_json(saved[-1] / "state.json")["run"]
+        then = read_json(saved[-1] / "state.json").get("run", {})
         if changed := [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in run.saved().items() if then.get(key) != value]:
             raise ValueError(f"cannot resume {saved[-1]} with other settings: {'; '.join(changed)}")
     print(f"config: {json.dumps(run.saved())}")

@@ -66,12 +66,17 @@ class ModelConfig:
             if value:
                 raise ValueError(f"config has {name} = {value!r}, which this forward pass does not compute")
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [name for name in needed if not isinstance(raw.get(name), int)]:
-            raise ValueError(f"config has no whole number for {', '.join(missing)}")
+        if missing := [name for name in needed if not isinstance(raw.get(name), int) or raw[name] < 1]:
+            raise ValueError(f"config has no positive whole number for {', '.join(missing)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"config has rope settings {rope!r}; expected an object")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise ValueError(f"rope type {rope_type!r} is not supported: expected 'default' or 'llama3'")
+        llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if rope_type == "llama3" and (missing := [name for name in llama3 if name not in rope]):
+            raise ValueError(f"rope type 'llama3' needs {', '.join(missing)}")
         return ModelConfig(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
@@ -85,7 +90,7 @@ class ModelConfig:
             norm_eps=raw.get("rms_norm_eps", 1e-6),
             tied=raw.get("tie_word_embeddings", False),
             qk_norm=kind == "qwen3",
-            max_positions=raw.get("max_position_embeddings", 2048),
+            max_positions=raw.get("max_position_embeddings") or 2048,
             raw=raw,
         )
 
@@ -383,7 +388,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index}: no weight_map")
+    names = sorted(set(shards.values()))
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{index}: shard {name!r} points outside the checkpoint folder")
@@ -427,9 +435,19 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     return model.requires_grad_(True).eval()
 
 
+def refuse_other_folders(target: Path) -> None:
+    """ValueError when `target` exists and is neither empty nor a checkpoint: saving there would delete it."""
+    if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is no checkpoint folder: saving there would delete it; choose another name")
+
+
 def save_model(model: Transformer, path: str | Path) -> None:
-    """Write a checkpoint folder that other tools load; complete under its name or not there at all."""
+    """Write a checkpoint folder that other tools load; complete under its name or not there at all.
+
+    Replaces an older checkpoint, never another folder (ValueError).
+    """
     target = Path(path)
+    refuse_other_folders(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -477,17 +495,19 @@ class Tokenizer:
         options = {n: read_json(folder / n) if (folder / n).exists() else {} for n in _TOKEN_FILES}
         settings = options["tokenizer_config.json"]
         self.tokens = {  # bos_token and the like, which templates may use; older files store them as objects
-            key: value["content"] if isinstance(value, dict) else value
+            key: value.get("content", "") if isinstance(value, dict) else value
             for key, value in settings.items()
             if key.endswith("_token") and isinstance(value, (str, dict))
         }
         template = folder / "chat_template.jinja"
         self.template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
+        if isinstance(self.template, list):  # several named ones
+            self.template = next((t["template"] for t in self.template if t.get("name") == "default"), None)
         stops = {self.backend.token_to_id(token) for token in (self.tokens.get("eos_token"), *_END_OF_TURN) if token}
         for name in ("generation_config.json", "config.json"):
             ids = options[name].get("eos_token_id")
             stops.update(ids if isinstance(ids, list) else [ids])
-        self.stop_ids = tuple(sorted(stops - {None}))
+        self.stop_ids = tuple(sorted(i for i in stops if isinstance(i, int)))
         self.max_new_tokens: int = options["generation_config.json"].get("max_new_tokens") or 1024
 
     def encode(self, text: str) -> list[int]:
@@ -511,17 +531,18 @@ class Tokenizer:
         """The chat as text, by the checkpoint's own template, ending with the generation prompt."""
         try:
             return self._compiled.render(messages=messages, add_generation_prompt=True, enable_thinking=thinking, **self.tokens)
-        except TemplateError as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"the checkpoint's chat template failed: {error}") from None
 
     def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:
         """Ids of a chat, generation prompt included."""
         return self.encode(self.render(messages, thinking))
 
-    @cached_property
-    def think_prefix(self) -> str:
+    def think_prefix(self, thinking: bool = True) -> str:
         """"<think>" where the generation prompt itself opens that tag, so that the parser must be given it back."""
-        return "<think>" if self.render([{"role": "user", "content": "?"}]).rstrip().endswith("<think>") else ""
+        return "<think>" if self.render([{"role": "user", "content": "?"}], thinking).rstrip().endswith("<think>") else ""
 
 
 _TOKEN_FILES = ("tokenizer_config.json", "generation_config.json", "config.json")

@@ -38,8 +38,9 @@ class RewardConfig:
             raise ValueError(f"--min-length {self.min_length} --max-length {self.max_length}: expected 0 < min < max")
         if not 0 <= self.tau_from <= self.tau_to <= 1 or not 0 <= self.tau_start <= 1:
             raise ValueError("--tau-start, --tau-from and --tau-to are shares in [0, 1], and --tau-from comes before --tau-to")
-        if not min(self.w_out, self.w_struct, self.w_content) >= 0 or not self.sharpness > 0:
-            raise ValueError("--w-out, --w-struct and --w-content must be 0 or more, --sharpness above 0")
+        weights = (self.w_out, self.w_struct, self.w_content)
+        if not all(0 <= weight < math.inf for weight in weights) or not 0 < self.sharpness < math.inf:
+            raise ValueError("--w-out, --w-struct and --w-content must be finite and 0 or more, --sharpness finite and above 0")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def words(text: str) -> list[str]:
 
 
 _NAMED_LETTER = re.compile(
-    r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i:[ \t]{0,3}(?:is\b|是))?[\s:：*\"'“‘(\[]{0,4}([A-Z])" + rf"(?![^\W{_CJK}])"
+    r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i:[ \t]{0,3}(?:is\b|是))?[ \t:：*\"'“‘(\[]{0,4}([A-Z])" + rf"(?![^\W{_CJK}])"
     r"|[(（]([A-Z])[)）]"
     r"|^[ \t]{0,8}([A-Z])[.)]",
     re.MULTILINE,
@@ -160,3 +161,7 @@ def total_reward(
     }
     process = config.w_struct * parts["struct"] + config.w_content * (parts["content"] or 0.0)
     return Reward(parts["fmt"] * (config.w_out * parts["out"] + tau * process) * parts["len"], parts)
+
+
+if __name__ == "__main__":
+    raise SystemExit("error: training the content model (R_content) is not written yet; nothing was done")

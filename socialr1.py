@@ -104,11 +104,12 @@ def _blocks(text: str, tags: list[re.Match], name: str) -> list[str]:
 
 def _split_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
     """Text before the first heading, and the stages that have text; a repeated heading adds to the first one."""
-    headings = list(_HEADING.finditer(think))
+    # IGNORECASE also matches letters such as the dotless i, which are no stage's
+    headings = [match for match in _HEADING.finditer(think) if match["name"].lower() in _STAGE_OF]
     preamble = think[: headings[0].start()] if headings else think
     texts: dict[str, list[str]] = {}
     for heading, following in zip(headings, headings[1:] + [None]):
-        name = _STAGE_OF[" ".join(heading["name"].lower().split())]
+        name = _STAGE_OF[heading["name"].lower()]
         body = think[heading.end() : following.start() if following else len(think)].strip()
         texts.setdefault(name, []).extend([body] if body else [])
     return preamble.strip(), [(name, "\n".join(parts)) for name, parts in texts.items() if parts]

@@ -229,7 +229,8 @@ def test_transformers_loads_a_trained_checkpoint_that_was_moved(tmp_path, plante
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(tmp_path, planted, untrained, monkeypatch, capsys):
-    train(run_in(tmp_path / "whole", untrained))
+    long = dict(steps=8, save_every=1)  # long enough that the checkpoint resumed from is cleared away
+    train(run_in(tmp_path / "whole", untrained, **long))
     step = grpo.train_step
 
     def interrupted(*arguments):
@@ -239,16 +240,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(tmp_
         return metrics
 
     monkeypatch.setattr(grpo, "train_step", interrupted)
-    train(run_in(tmp_path / "broken", untrained))
-    assert "stopped after step 3 of 4" in capsys.readouterr().out
+    train(run_in(tmp_path / "broken", untrained, **long))
+    assert "stopped after step 3 of 8" in capsys.readouterr().out
     monkeypatch.setattr(grpo, "train_step", step)
     (last,) = [path for path in checkpoints(tmp_path / "broken") if path.name == "checkpoint-000003"]
-    train(run_in(tmp_path / "broken", untrained), resume=last)
+    train(run_in(tmp_path / "broken", untrained, **long), resume=last)
     logs = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "broken")]
     for line in sum(logs, []):
         del line["seconds"], line["tokens_per_second"]
     assert logs[0] == logs[1]
-    whole, broken = (weights(tmp_path / name / "checkpoint-000004") for name in ("whole", "broken"))
+    whole, broken = (weights(tmp_path / name / "checkpoint-000008") for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(whole, broken))
 
 
@@ -260,6 +261,7 @@ def test_settings_that_would_train_something_else_are_refused():
         (dict(reduction="mean"), "expected grpo, dapo or dr_grpo"),
         (dict(minibatches=3), "--minibatches 3: expected 1 to --prompts 2"),
         (dict(steps=0), "--steps 0: expected at least 1"),
+        (dict(clip_eps=-1.0), "--clip-eps -1.0: expected 0 or more"),
         (dict(lr=float("nan")), "--lr nan: expected 0 or more"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -288,6 +290,9 @@ def test_the_command_line(tmp_path):
         (("--model", str(tmp_path / "none")), "no such model folder"),
         (("--group-size", "1"), "at least 2"),
         (("--steps", "many"), "invalid int value"),
+        (("--w-struct", "nan"), "must be finite"),
+        (("--cold-start", str(tmp_path)), "no checkpoint folder"),
+        (("--data", str(data), "--out", str(tmp_path / "none"), "--prompts", "200"), "lower it"),
     ]:
         code, out, err = command(*arguments)
         assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, (arguments, err)

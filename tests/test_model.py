@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_named(tiny, tmp_path):
         (dict(hidden_size=16), "has shape"),
         (dict(num_hidden_layers=4), "missing"),
         (dict(num_hidden_layers=2), "has no place"),
-        (dict(hidden_size=None), "no whole number for hidden_size"),
+        (dict(hidden_size=None), "no positive whole number for hidden_size"),
         (dict(model_type="mamba"), "'mamba' is not supported"),
         (dict(use_sliding_window=True), "use_sliding_window"),
         (dict(rope_scaling={"rope_type": "yarn"}), "'yarn' is not supported"),
@@ -146,9 +146,9 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
     assert tokenizer.render(messages) == "<s>user: Hé 漢?</s>\n<s>assistant:<think>\n"
     assert tokenizer.render(messages, thinking=False) == "<s>user: Hé 漢?</s>\n<s>assistant:"
     assert tokenizer.decode(tokenizer.chat(messages)) == "user: Hé 漢?\nassistant:<think>\n"
-    assert tokenizer.think_prefix == "<think>" and tokenizer.stop_ids == (2, 7) and tokenizer.max_new_tokens == 33
+    assert tokenizer.think_prefix() == "<think>" and tokenizer.think_prefix(thinking=False) == "" and tokenizer.stop_ids == (2, 7) and tokenizer.max_new_tokens == 33
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # a file of its own wins
-    assert Tokenizer(tmp_path).render(messages) == "Hé 漢?" and Tokenizer(tmp_path).think_prefix == ""
+    assert Tokenizer(tmp_path).render(messages) == "Hé 漢?" and Tokenizer(tmp_path).think_prefix() == ""
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,7 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
         ("{{ raise_exception('no system') }}", "chat template failed: no system"),
         ("{{ ''.__class__.__mro__ }}", "chat template failed"),  # the sandbox holds
         ("{% if %}", "chat template failed"),
+        ("{{ 1/0 }}", "chat template failed"),
         (None, "no chat template"),
     ],
 )

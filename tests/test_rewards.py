@@ -37,6 +37,7 @@ def respond(*lines, answer="A"):
         ("option E", False),  # no such option
         ("option b", False),  # not a capital
         ("Anna has an option A-frame", True),
+        ("He had no answer\nA man came", False),
         ("options Bag", False), ("A box.", False), ("I think B is right", False), ("optional A", False),
         ("it lies in the bag that ben took home now", True),  # a quotation of four words or more, in any case
         ("in the box", False),  # three words: stories name them

@@ -64,6 +64,12 @@ def test_headings(line):
     assert parse_response(f"<think>{line}</think>", PROBLEM).stages == [("Cue Encoding", "x")]
 
 
+@pytest.mark.parametrize("name", ["Cue Encod\u0131ng", "Cue Encod\u0130ng", "Re\u017fpon\u017fe Generation", "Cue  Encoding", "Cue Encodings"])
+def test_what_only_looks_like_a_heading(name):
+    response = parse_response(f"<think>{name}: x</think>", PROBLEM)
+    assert response.stages == [] and response.preamble == f"{name}: x"
+
+
 def test_stages_without_text_are_absent_and_repeated_ones_add_up():
     think = "first\nCue Encoding:\nGoal Clarification: g\nCue Encoding: a\nThe Cue Encoding: b\nResponse Generation:"
     response = parse_response(f"<think>{think}</think>", PROBLEM)
