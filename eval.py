@@ -169,7 +169,7 @@ def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Probl
                 id=_text(row.get("id")) or f"{file.stem}:{number}",
                 variant=_text(row.get("variant")),
             )
-            if not problem.question or not _text(next((row[key] for key in story_names if key in row), None)):
+            if not problem.question or not problem.story:
                 raise ValueError("the story or the question is empty")
             "".join((problem.story, problem.question, *problem.options)).encode()  # a lone surrogate is no text
         except ValueError as error:
@@ -232,14 +232,14 @@ def evaluate(
         raise ValueError("no problems to evaluate")
     max_new_tokens = max_new_tokens or tokenizer.max_new_tokens
     prompts = check_lengths(model, tokenizer, problems, max_new_tokens, thinking)
-    records: list[dict] = [{}] * len(problems)
+    prefix, records = tokenizer.think_prefix(thinking), [{}] * len(problems)
     with tqdm(total=len(problems), desc=label, unit="problem", disable=label is None, leave=False) as bar:
         for batch in batches([len(prompt) for prompt in prompts], max_new_tokens, token_budget):
             sampled = generate(
                 model, [prompts[i] for i in batch], 1, max_new_tokens, temperature, top_p, stop_ids=tokenizer.stop_ids, seed=seed
             )
             for i, (completion,) in zip(batch, sampled):
-                text = tokenizer.think_prefix(thinking) + tokenizer.decode(completion.tokens)
+                text = prefix + tokenizer.decode(completion.tokens)
                 records[i] = measure(problems[i], text, len(completion.tokens))
             bar.update(len(batch))
     return summarise(records)

@@ -195,12 +195,10 @@ def grpo_loss(
 
 @dataclass
 class Rollout:
-    """P problems with G completions each, and what they were worth."""
+    """What an update needs: P prompts with G completions each, and how much better than their group these were."""
 
-    problems: list[Problem]
     prompts: list[list[int]]
     groups: list[list[Completion]]  # P lists of G
-    rewards: list[list[Reward]]  # P lists of G
     advantages: Tensor  # (P, G)
 
 
@@ -216,9 +214,9 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
 
 def score(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer, tau: float, config: RewardConfig) -> list[list[Reward]]:
     """The trajectory reward of every completion; P lists of G."""
-    scored = []
+    scored, prefix = [], tokenizer.think_prefix()
     for problem, group in zip(problems, groups):
-        texts = [tokenizer.think_prefix() + tokenizer.decode(completion.tokens) for completion in group]
+        texts = [prefix + tokenizer.decode(completion.tokens) for completion in group]
         responses = [parse_response(text, problem) for text in texts]
         scored.append([total_reward(r, problem, len(c.tokens), tau, config=config) for r, c in zip(responses, group)])
     return scored
@@ -467,7 +465,7 @@ def train_step(
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    metrics = update(model, reference, optimizer, Rollout(some, prompts, groups, rewards, advantages), config)
+    metrics = update(model, reference, optimizer, Rollout(prompts, groups, advantages), config)
     clock.append(time.perf_counter())
 
     completions = [c for group in groups for c in group]

@@ -191,7 +191,7 @@ def test_micro_batched_updates_are_those_of_the_full_batch(reduction):
         prompts = [tokenizer.chat(build_messages(p)) for p in problems]
         groups = generate(model, prompts, 3, 24, stop_ids=tokenizer.stop_ids)
         advantages = torch.tensor([[1.0, -1.0, 0.5]]).repeat(4, 1)
-        rollout = Rollout(problems, prompts, groups, [], advantages)
+        rollout = Rollout(prompts, groups, advantages)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         config = replace(CONFIG, reduction=reduction, token_budget=budget, max_grad_norm=1e9)
         metrics = update(model, reference, optimizer, rollout, config)
