@@ -5,15 +5,18 @@ normalises each query and key head before rotation), SwiGLU, no biases. Module n
 loading is a comparison of names and shapes and nothing else. Norms, rotation tables, softmax and log-probabilities are
 computed in fp32 whatever the dtype of the weights.
 """
+import copy
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import jinja2
@@ -55,12 +58,19 @@ class ModelConfig:
         kind = raw.get("model_type")
         if kind not in ("qwen3", "llama"):
             raise ValueError(f"model_type {kind!r} is not supported: expected 'qwen3' or 'llama'")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"config has rope settings {rope!r}; expected an object")
+        layer_types = raw.get("layer_types") or []
         refused = {
             "use_sliding_window": raw.get("use_sliding_window"),
+            "layer_types": [kind for kind in layer_types if kind != "full_attention"],
             "attention_bias": raw.get("attention_bias"),
             "mlp_bias": raw.get("mlp_bias"),
             "quantization_config": raw.get("quantization_config"),
+            "num_experts": raw.get("num_experts") or raw.get("num_local_experts"),
             "hidden_act": raw.get("hidden_act", "silu") != "silu" and raw["hidden_act"],
+            "partial_rotary_factor": (factor := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) != 1 and factor,
         }
         for name, value in refused.items():
             if value:
@@ -68,9 +78,6 @@ class ModelConfig:
         needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         if missing := [name for name in needed if not isinstance(raw.get(name), int) or raw[name] < 1]:
             raise ValueError(f"config has no positive whole number for {', '.join(missing)}")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"config has rope settings {rope!r}; expected an object")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise ValueError(f"rope type {rope_type!r} is not supported: expected 'default' or 'llama3'")
@@ -98,6 +105,19 @@ class ModelConfig:
 # --------------------------------------------------------------------------------------------------------------- forward
 
 
+class Linear(nn.Module):
+    """x (..., inputs) -> (..., outputs), without bias. `packed` is a copy for sampling on a CPU: see `packed_weights`."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight, self.packed = nn.Parameter(torch.empty(outputs, inputs).normal_(std=0.02)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -110,7 +130,7 @@ class RMSNorm(nn.Module):
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
     """Angle per position of each pair of dimensions; (head_dim / 2,) in fp32."""
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
     if config.rope_scaling:  # llama3: long waves are slowed by `factor`, short ones kept, those between blended
         scaling = config.rope_scaling
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
@@ -126,71 +146,138 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of every layer, (rows, kv_heads, length, head_dim).
+class Sequences:
+    """Attention within a padded batch, and the keys and values that it leaves for whatever follows.
 
-    Without `room` it is functional, and gradients flow through it. With room for so many more positions it grows in place, as
-    sampling needs: appending a token to a tensor would copy the whole cache at every step.
+    `valid` (B, T) is False at padding. Row i may continue row `owner[i]` of an earlier batch, `prompts`, which several rows can
+    share: that prompt goes through the network once, and gradients flow back into it from all of them. Positions count valid
+    tokens only, so padding on the left, or between prompt and completion, changes nothing.
     """
 
-    def __init__(self, layers: int, room: int = 0):
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
-        self.lengths, self.room = [0] * layers, room
+    def __init__(self, valid: Tensor, prompts: "Sequences | None" = None, owner: Tensor | None = None):
+        self.valid, self.prompts, self.owner = valid, prompts, owner
+        whole = torch.cat((prompts.valid[owner], valid), dim=1) if prompts else valid  # (B, past + T)
+        past = whole.shape[1] - valid.shape[1]
+        self.positions = (whole.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]  # (B, T)
+        index = torch.arange(whole.shape[1], device=valid.device)
+        causal = index[None, :] <= index[past:, None]  # (T, past + T)
+        itself = index[None, :] == index[past:, None]  # padding attends to itself: a softmax over nothing is NaN
+        self.mask = (causal & whole[:, None, :] | itself)[:, None]  # (B, 1, T, past + T)
+        self.keys: dict[int, Tensor] = {}  # by layer: (B, kv_heads, T, head_dim)
+        self.values: dict[int, Tensor] = {}
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        past, end = self.lengths[layer], self.lengths[layer] + k.shape[2]
-        self.lengths[layer] = end
-        if self.room:
-            self.keys[layer][:, :, past:end], self.values[layer][:, :, past:end] = k, v
-        elif past:
-            self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
-            self.values[layer] = torch.cat((self.values[layer], v), dim=2)
-        else:
-            self.keys[layer], self.values[layer] = k, v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, T, head_dim), keys and values (B, kv_heads, T, head_dim) -> (B, heads, T, head_dim)."""
+        self.keys[layer], self.values[layer] = k, v
+        if self.prompts:
+            k = torch.cat((self.prompts.keys[layer][self.owner], k), dim=2)
+            v = torch.cat((self.prompts.values[layer][self.owner], v), dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
 
-    def select(self, rows: Tensor, room: int = 0) -> "KVCache":
-        """The cache of these rows, in this order; a row may be taken several times (a group) or not at all (finished)."""
 
-        def take(x: Tensor, length: int) -> Tensor:
-            taken = x[:, :, :length].index_select(0, rows)
-            return torch.cat((taken, taken.new_empty(*taken.shape[:2], room, taken.shape[3])), dim=2) if room else taken
+class Decoding:
+    """Attention of one new token per completion: to its prompt, held once for the whole group, and to its own tokens so far.
 
-        chosen = KVCache(len(self.keys), room)
-        chosen.lengths = list(self.lengths)
-        chosen.keys = [take(k, n) for k, n in zip(self.keys, self.lengths)]
-        chosen.values = [take(v, n) for v, n in zip(self.values, self.lengths)]
-        return chosen
+    B live rows; row i belongs to prompt `slots[i] // group_size`. Where the row of keys of a batched cache would be copied G
+    times, here the group's queries are laid side by side and multiplied with the prompt's keys together. The softmax is taken
+    over both parts at once. Rows that are done leave, and so do prompts that have none left.
+    """
+
+    def __init__(self, prompts: Sequences, group_size: int, room: int):
+        P, kv_heads, _, head_dim = prompts.keys[0].shape
+        self.group_size, self.length = group_size, 0
+        self.slots = torch.arange(P * group_size, device=prompts.valid.device)  # (B,) prompt * group_size + place
+        self.prompt_keys, self.prompt_values = prompts.keys, prompts.values  # by layer: (P, kv_heads, L, head_dim)
+        self.bias = torch.zeros_like(prompts.valid, dtype=torch.float32).masked_fill(~prompts.valid, -math.inf)[:, None, None]
+        self.prompt_lengths = prompts.valid.sum(dim=1)  # (P,)
+        size = (P * group_size, kv_heads, room, head_dim)
+        self.keys = {layer: k.new_empty(size) for layer, k in prompts.keys.items()}
+        self.values = {layer: v.new_empty(size) for layer, v in prompts.values.items()}
+
+    @property
+    def positions(self) -> Tensor:
+        return (self.prompt_lengths[self.slots // self.group_size] + self.length)[:, None]  # (B, 1)
+
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """(B, kv_heads, n, m) -> (P, kv_heads, G * n, m): the rows of a group side by side, zeros where a row is done."""
+        B, K, n, m = x.shape
+        filled = x.new_zeros(len(self.bias) * self.group_size, K, n, m).index_copy_(0, self.slots, x)
+        return filled.view(-1, self.group_size, K, n, m).transpose(1, 2).reshape(-1, K, self.group_size * n, m)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """(P, kv_heads, G * n, m) -> (B, kv_heads, n, m)."""
+        P, K, _, m = x.shape
+        return x.view(P, K, self.group_size, -1, m).transpose(1, 2).reshape(P * self.group_size, K, -1, m)[self.slots]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, 1, head_dim), keys and values (B, kv_heads, 1, head_dim) -> (B, heads, 1, head_dim)."""
+        B, kv_heads, _, head_dim = k.shape
+        now = self.length + 1
+        own_keys, own_values = self.keys[layer][:B, :, :now], self.values[layer][:B, :, :now]
+        own_keys[:, :, -1:], own_values[:, :, -1:] = k, v
+        queries = q.view(B, kv_heads, -1, head_dim) * head_dim**-0.5  # (B, kv_heads, n, head_dim): heads that share keys
+        to_prompt = self.by_prompt(queries) @ self.prompt_keys[layer].transpose(2, 3) + self.bias  # (P, kv_heads, G * n, L)
+        scores = torch.cat((self.by_row(to_prompt), queries @ own_keys.transpose(2, 3)), dim=3)  # (B, kv_heads, n, L + now)
+        weights = scores.float().softmax(dim=3).to(v.dtype)
+        on_prompt, on_own = weights.split((weights.shape[3] - now, now), dim=3)
+        out = on_own @ own_values + self.by_row(self.by_prompt(on_prompt) @ self.prompt_values[layer])
+        return out.view(q.shape)
+
+    def drop(self, done: Tensor) -> Tensor:
+        """Forget the rows where `done` (B,); -> the old indices of those that stay, in their new order."""
+        order, moved = _without_holes(done)
+        self.slots = self.slots[order]
+        for cache in (*self.keys.values(), *self.values.values()):
+            cache[moved, :, : self.length] = cache[order[moved], :, : self.length]
+        owners = self.slots // self.group_size
+        empty = ~torch.isin(torch.arange(len(self.bias), device=done.device), owners)
+        if empty.any():
+            prompts, moved = _without_holes(empty)
+            place = torch.empty_like(empty, dtype=torch.long).index_copy_(0, prompts, torch.arange(len(prompts), device=done.device))
+            self.slots = place[owners] * self.group_size + self.slots % self.group_size
+            self.bias, self.prompt_lengths = self.bias[prompts], self.prompt_lengths[prompts]
+            for caches in (self.prompt_keys, self.prompt_values):
+                for layer, cache in caches.items():
+                    cache[moved] = cache[prompts[moved]]
+                    caches[layer] = cache[: len(prompts)]
+        return order
+
+
+def _without_holes(done: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of the rows that stay, the last ones moved into the places that fall free; and the places that changed."""
+    stay = int((~done).sum())
+    order = torch.arange(stay, device=done.device)
+    moved = done[:stay].nonzero()[:, 0]
+    order[moved] = (~done[stay:]).nonzero()[:, 0] + stay
+    return order, moved
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Sequences | Decoding) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        k, v = cache.extend(self.layer, rotate(k, cos, sin), v)
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -204,8 +291,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Sequences | Decoding) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -214,38 +301,29 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along on saving
+        self.frequencies = rotary_frequencies(config)  # no buffer: it stays in fp32 when the model is cast
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.tie()
 
-    def hidden(self, tokens: Tensor, valid: Tensor, cache: KVCache) -> Tensor:
-        """Last hidden states of `tokens` (B, T) that follow what the cache holds; -> (B, T, hidden_size).
+    def tie(self) -> None:
+        """Let the head read the embedding's weight, where the config says so."""
+        if self.config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
 
-        `valid` (B, past + T) is False at padding, past tokens included. Positions count the valid tokens only, so padding
-        on the left or between prompt and completion changes nothing.
-        """
-        past = valid.shape[1] - tokens.shape[1]
-        positions = (valid.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]  # (B, T)
-        angles = positions[:, None, :, None].float() * self.frequencies.float()  # (B, 1, T, head_dim / 2)
-        index = torch.arange(valid.shape[1], device=tokens.device)
-        causal = index[None, :] <= index[past:, None]  # (T, past + T)
-        itself = index[None, :] == index[past:, None]  # padding attends to itself: a softmax over nothing is NaN
-        mask = (causal & valid[:, None, :] | itself)[:, None]  # (B, 1, T, past + T)
+    def hidden(self, tokens: Tensor, context: Sequences | Decoding) -> Tensor:
+        """Last hidden states of `tokens` (B, T), placed and attended to as `context` says; -> (B, T, hidden_size)."""
+        angles = context.positions[:, None, :, None] * self.frequencies.to(tokens.device)  # (B, 1, T, head_dim / 2) in fp32
         x, cos, sin = self.embed_tokens(tokens), angles.cos(), angles.sin()
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            x = layer(x, cos, sin, context)
         return self.norm(x)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of hidden states (..., hidden_size)."""
-        return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits; (B, T) -> (B, T, V)."""
-        valid = torch.ones_like(tokens, dtype=torch.bool)
-        return self.head(self.hidden(tokens, valid, KVCache(self.config.num_layers)))
+        return self.lm_head(self.hidden(tokens, Sequences(torch.ones_like(tokens, dtype=torch.bool))))
 
 
 # -------------------------------------------------------------------------------------------------------------- sampling
@@ -276,19 +354,69 @@ def uniforms(seed: int, prompt: list[int], place: int, count: int) -> np.ndarray
 
 
 def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One id per row by inverse CDF; logits (B, V) in fp32, uniform (B,) -> (B,). Temperature 0 is greedy."""
+    """One id per row by inverse CDF; logits (B, V) in fp32, uniform (B,) in fp64 -> (B,). Temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
-    probs = logits.softmax(dim=-1).double()
+    probs = logits.softmax(dim=-1)
     if top_p < 1:  # keep the smallest set of ids that reaches top_p
         ordered, order = probs.sort(dim=-1, descending=True)
-        dropped = ordered.cumsum(dim=-1) - ordered >= top_p
+        dropped = ordered.double().cumsum(dim=-1) - ordered >= top_p
         probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
-    edges = probs.cumsum(dim=-1)
+    edges = probs.double().cumsum(dim=-1)
     return torch.searchsorted(edges, uniform[:, None] * edges[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+@contextmanager
+def packed_weights(model: Transformer) -> Iterator[None]:
+    """Inside, the weights of a float32 model on a CPU also stand in the order in which oneDNN multiplies them with few rows.
+
+    A plain product of a handful of rows is several times slower than reading the weights from memory; this one is not (measured
+    by tests/bench.py). Packing costs about one pass over the weights and a second copy of them, so models above PACK_LIMIT
+    are left alone. The operators are private to torch, what torch.compile itself emits: where they are missing or wrong, nothing
+    happens.
+    """
+    weight = model.embed_tokens.weight
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    size = sum(layer.weight.nbytes for layer in layers)
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or size > PACK_LIMIT or not _packing_works():
+        layers = []
+    try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)  # 16: rows to expect
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+PACK_LIMIT = 4 << 30  # bytes
+
+
+@lru_cache
+def _packing_works() -> bool:
+    try:
+        x, layer = torch.linspace(-1, 1, 3 * 64).view(3, 64), Linear(64, 128)
+        plain = layer(x)
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
+        return torch.allclose(layer(x), plain, atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def waves(prompts: list[list[int]], group_size: int, max_new_tokens: int, token_budget: int) -> Iterator[list[list[int]]]:
+    """Prompts in order of length, as many at a time as keep padded prompts and full-length completions under the budget."""
+    wave: list[list[int]] = []
+    for prompt in sorted(prompts, key=len):
+        if wave and (len(wave) + 1) * (len(prompt) + group_size * max_new_tokens) > token_budget:
+            yield wave
+            wave = []
+        wave.append(prompt)
+    if wave:
+        yield wave
 
 
 @torch.no_grad()
@@ -302,47 +430,78 @@ def generate(
     top_k: int = 0,
     stop_ids: tuple[int, ...] = (),
     seed: int = 0,
+    token_budget: int = 65536,
 ) -> list[list[Completion]]:
-    """Sample `group_size` completions of each prompt -> P lists of G. One prefill per prompt; finished rows leave the batch.
+    """Sample `group_size` completions of each prompt -> P lists of G, as in METHOD.md section 8.
 
-    `logprobs` are those of the raw logits, whatever temperature, top_p and top_k did. A completion's random numbers depend
-    only on seed, prompt, place in the group and position (METHOD.md section 8).
+    `logprobs` are those of the raw logits, whatever temperature, top_p (in (0, 1]) and top_k (0: off) did; temperature 0 is
+    greedy. A completion's random numbers depend only on seed, prompt, place in the group and position, so equal prompts have equal
+    groups and are computed once. At most `token_budget` tokens are held in caches at a time (one prompt's group at least):
+    2 * layers * kv_heads * head_dim numbers each. ValueError: an empty prompt, an id outside the vocabulary, a prompt that
+    leaves no room for `max_new_tokens` in the model's context, settings out of range.
     """
-    if not prompts:
-        return []
-    if not all(prompts):
-        raise ValueError("an empty prompt has no last token to continue: give every prompt at least one token")
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest > model.config.max_positions:
-        raise ValueError(f"prompt + max_new_tokens is {longest}, the model's context {model.config.max_positions}: shorten one")
-    device = model.embed_tokens.weight.device
-    tokens, valid = pad(prompts, "left", device)
-    cache = KVCache(model.config.num_layers)
-    logits = model.head(model.hidden(tokens, valid, cache)[:, -1])  # (P, V)
+    _check_request(model.config, prompts, group_size, max_new_tokens, temperature, top_p, top_k)
+    groups: dict[tuple[int, ...], list[Completion]] = {}
+    with packed_weights(model):
+        for wave in waves(list(dict.fromkeys(map(tuple, prompts))), group_size, max_new_tokens, token_budget):
+            rolls = np.stack([uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in range(group_size)])
+            groups |= zip(wave, _sample(model, wave, group_size, rolls, (temperature, top_p, top_k), stop_ids))
+    return [copy.deepcopy(groups[tuple(prompt)]) for prompt in prompts]
 
-    live = torch.arange(len(prompts) * group_size, device=device)  # rows still being written, row = prompt * G + place
-    cache, valid, logits = cache.select(live // group_size, max_new_tokens), valid[live // group_size], logits[live // group_size]
-    rolls = np.stack([uniforms(seed, p, g, max_new_tokens) for p in prompts for g in range(group_size)])
-    rolls = torch.from_numpy(rolls).to(device)  # (B, max_new_tokens)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    done = [Completion([], [], False) for _ in range(len(live))]
-    for t in range(max_new_tokens):
-        logits = logits.float()
-        chosen = choose(logits, rolls[live, t], temperature, top_p, top_k)  # (live,)
-        logprobs = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(dim=-1)
+
+def _check_request(
+    config: ModelConfig, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int
+) -> None:
+    if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            f"cannot sample with group_size={group_size}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, "
+            f"top_k={top_k}: expected at least 1, at least 1, at least 0, above 0 and at most 1, at least 0"
+        )
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty, there is no last token to continue: give every prompt at least one token")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the vocabulary {config.vocab_size}: is it the model's tokenizer?")
+        if len(prompt) + max_new_tokens > config.max_positions:
+            raise ValueError(
+                f"prompt {i} with max_new_tokens takes {len(prompt)} + {max_new_tokens} positions, the model's context {config.max_positions}: "
+                "shorten one"
+            )
+
+
+def _sample(
+    model: Transformer, prompts: list[tuple[int, ...]], group_size: int, rolls: np.ndarray, settings: tuple[float, float, int], stop_ids: tuple[int, ...]
+) -> list[list[Completion]]:
+    """One wave. rolls (B, N): the random number of each position of each completion; N is the length limit."""
+    device = model.embed_tokens.weight.device
+    B, N = rolls.shape
+    rolls, stops = torch.from_numpy(rolls).to(device), torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    tokens, valid = pad(prompts, "left", device)
+    prefill = Sequences(valid)
+    logits = model.lm_head(model.hidden(tokens, prefill)[:, -1]).repeat_interleave(group_size, dim=0)  # (B, V)
+
+    context = Decoding(prefill, group_size, N)
+    live = torch.arange(B, device=device)  # which completion each row is writing
+    sampled, logprobs = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
+    lengths, finished = torch.full((B,), N, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    for t in range(N):
+        log_probs = logits.float().log_softmax(dim=-1)
+        chosen = choose(log_probs, rolls[live, t], *settings)  # (live,)
+        sampled[live, t], logprobs[live, t] = chosen, log_probs.gather(1, chosen[:, None])[:, 0]
         stopped = torch.isin(chosen, stops)
-        for row, token, logprob, stop in zip(live.tolist(), chosen.tolist(), logprobs.tolist(), stopped.tolist()):
-            done[row].tokens.append(token)
-            done[row].logprobs.append(logprob)
-            done[row].finished = stop
         if stopped.any():
-            keep = (~stopped).nonzero()[:, 0]
-            live, chosen, valid, cache = live[keep], chosen[keep], valid[keep], cache.select(keep, max_new_tokens - t)
-        if not len(live) or t == max_new_tokens - 1:
+            lengths[live[stopped]], finished[live[stopped]] = t + 1, True
+            order = context.drop(stopped)
+            live, chosen = live[order], chosen[order]
+        if not len(live) or t == N - 1:
             break
-        valid = F.pad(valid, (0, 1), value=True)
-        logits = model.head(model.hidden(chosen[:, None], valid, cache)[:, -1])
-    return [done[i : i + group_size] for i in range(0, len(done), group_size)]
+        logits = model.lm_head(model.hidden(chosen[:, None], context)[:, -1])
+        context.length += 1
+    done = [
+        Completion(ids[:n], values[:n], end)
+        for ids, values, n, end in zip(sampled.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
+    ]
+    return [done[i : i + group_size] for i in range(0, B, group_size)]
 
 
 def completion_logprobs(
@@ -357,14 +516,12 @@ def completion_logprobs(
     owner = torch.tensor([p for p, group in enumerate(completions) for _ in group], device=device)  # (B,)
     tokens, valid = pad(prompts, "left", device)
     targets, mask = pad(rows, "right", device)  # (B, T)
-    cache = KVCache(model.config.num_layers)
-    first = model.hidden(tokens, valid, cache)[:, -1:]  # (P, 1, d) predicts the first sampled token
+    prefill = Sequences(valid)
+    hidden = model.hidden(tokens, prefill)[owner, -1:]  # (B, 1, d) predicts the first sampled token
     inputs = targets[:, :-1]
-    whole = torch.cat((valid[owner], mask[:, :-1]), dim=1)
-    hidden = first[owner]
     if inputs.shape[1]:
-        hidden = torch.cat((hidden, model.hidden(inputs, whole, cache.select(owner))), dim=1)  # (B, T, d)
-    logprobs = model.head(hidden[:, : targets.shape[1]]).float().log_softmax(dim=-1)  # (B, T, V)
+        hidden = torch.cat((hidden, model.hidden(inputs, Sequences(mask[:, :-1], prefill, owner))), dim=1)  # (B, T, d)
+    logprobs = model.lm_head(hidden[:, : targets.shape[1]]).float().log_softmax(dim=-1)  # (B, T, V)
     return logprobs.gather(2, targets[:, :, None])[:, :, 0], mask
 
 
@@ -418,9 +575,8 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
         with weights:
             for key in weights.keys():
                 name = key.removeprefix("model.")
-                name = "lm_head.weight" if key == "lm_head.weight" else name
-                if name == "lm_head.weight" and config.tied:
-                    continue
+                if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
+                    continue  # the embedding is the head; older checkpoints store rotation tables
                 if name not in wanted:
                     raise ValueError(f"{file}: tensor {key!r} has no place in a {config.raw['model_type']} model")
                 tensor = weights.get_tensor(key)
@@ -429,8 +585,8 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
                 loaded[name] = tensor.to(dtype)
     if missing := sorted(wanted.keys() - loaded.keys()):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    model.load_state_dict(loaded, strict=True, assign=True)
-    model.frequencies = rotary_frequencies(config).to(device)
+    model.load_state_dict(loaded, strict=False, assign=True)  # names and shapes were compared above
+    model.tie()
     model.source = folder
     return model.requires_grad_(True).eval()
 
