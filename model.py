@@ -106,11 +106,12 @@ class ModelConfig:
 
 
 class Linear(nn.Module):
-    """x (..., inputs) -> (..., outputs), without bias. `packed` is a copy for sampling on a CPU: see `packed_weights`."""
+    """x (..., inputs) -> (..., outputs), without bias."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.weight, self.packed = nn.Parameter(torch.empty(outputs, inputs).normal_(std=0.02)), None
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).normal_(std=0.02))
+        self.packed: Tensor | None = None  # for sampling on a CPU, see packed_weights
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
@@ -140,10 +141,17 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return frequencies
 
 
+def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles in fp32, the first half of sin negated; (B, T) -> (B, 1, T, head_dim) each."""
+    angles = positions[:, None, :, None] * frequencies  # (B, 1, T, head_dim / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2); x (B, heads, T, head_dim), cos and sin (B, 1, T, head_dim / 2)."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotate pairs (a, b) = (x_i, x_{i + head_dim / 2}) to (a cos - b sin, b cos + a sin); x (B, heads, T, head_dim)."""
+    wide = x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class Sequences:
@@ -176,80 +184,74 @@ class Sequences:
 
 
 class Decoding:
-    """Attention of one new token per completion: to its prompt, held once for the whole group, and to its own tokens so far.
+    """Attention of one new token per completion, where all completions of a prompt are one sequence whose members are blind to
+    each other: [prompt | first tokens of the G completions | their second tokens | ...].
 
-    B live rows; row i belongs to prompt `slots[i] // group_size`. Where the row of keys of a batched cache would be copied G
-    times, here the group's queries are laid side by side and multiplied with the prompt's keys together. The softmax is taken
-    over both parts at once. Rows that are done leave, and so do prompts that have none left.
+    So the prompt's keys and values are held, and read, once per group instead of once per completion. Row i of the B live
+    rows sits in seat `seats[i]` = prompt * G + place; rows that are done leave, and when a third of the seats is empty the rest
+    moves closer together. n = heads / kv_heads queries share a key.
     """
 
-    def __init__(self, prompts: Sequences, group_size: int, room: int):
-        P, kv_heads, _, head_dim = prompts.keys[0].shape
-        self.group_size, self.length = group_size, 0
-        self.slots = torch.arange(P * group_size, device=prompts.valid.device)  # (B,) prompt * group_size + place
-        self.prompt_keys, self.prompt_values = prompts.keys, prompts.values  # by layer: (P, kv_heads, L, head_dim)
-        self.bias = torch.zeros_like(prompts.valid, dtype=torch.float32).masked_fill(~prompts.valid, -math.inf)[:, None, None]
-        self.prompt_lengths = prompts.valid.sum(dim=1)  # (P,)
-        size = (P * group_size, kv_heads, room, head_dim)
-        self.keys = {layer: k.new_empty(size) for layer, k in prompts.keys.items()}
-        self.values = {layer: v.new_empty(size) for layer, v in prompts.values.items()}
+    def __init__(self, prompts: Sequences, group_size: int, room: int, heads: int):
+        P, kv_heads, L, _ = prompts.keys[0].shape
+        self.length, self.room, self.queries = 0, room, heads // kv_heads
+        self.valid, self.group_size = prompts.valid, group_size  # (P, L), G
+        self.seats = torch.arange(P * group_size, device=prompts.valid.device)  # (B,)
+        self.keys = [self._with_room(k, k[:, :, :0]) for k in prompts.keys.values()]  # by layer: (P, kv_heads, L + G * room, head_dim)
+        self.values = [self._with_room(v, v[:, :, :0]) for v in prompts.values.values()]
+        self._set_mask()
+
+    def _with_room(self, prompt: Tensor, own: Tensor) -> Tensor:
+        """Prompts (P, kv_heads, L, head_dim) and what was written so far (P, kv_heads, G * length, head_dim), with room to grow."""
+        rest = self.group_size * self.room - own.shape[2]
+        return torch.cat((prompt, own, own.new_empty(*own.shape[:2], rest, own.shape[3])), dim=2)
+
+    def _set_mask(self) -> None:
+        """0 where a query may look, minus infinity at padding and at other members; (P, 1, G * n, L + G * room)."""
+        place = torch.arange(self.group_size, device=self.valid.device)
+        own = place.repeat_interleave(self.queries)[:, None] == place.repeat(self.room)  # (G * n, G * room)
+        allowed = torch.cat((self.valid[:, None].expand(-1, len(own), -1), own.expand(len(self.valid), -1, -1)), dim=2)
+        self.mask = torch.zeros(allowed.shape, device=own.device, dtype=self.keys[0].dtype).masked_fill_(~allowed, -math.inf)[:, None]
 
     @property
     def positions(self) -> Tensor:
-        return (self.prompt_lengths[self.slots // self.group_size] + self.length)[:, None]  # (B, 1)
-
-    def by_prompt(self, x: Tensor) -> Tensor:
-        """(B, kv_heads, n, m) -> (P, kv_heads, G * n, m): the rows of a group side by side, zeros where a row is done."""
-        B, K, n, m = x.shape
-        filled = x.new_zeros(len(self.bias) * self.group_size, K, n, m).index_copy_(0, self.slots, x)
-        return filled.view(-1, self.group_size, K, n, m).transpose(1, 2).reshape(-1, K, self.group_size * n, m)
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """(P, kv_heads, G * n, m) -> (B, kv_heads, n, m)."""
-        P, K, _, m = x.shape
-        return x.view(P, K, self.group_size, -1, m).transpose(1, 2).reshape(P * self.group_size, K, -1, m)[self.slots]
+        return (self.valid.sum(dim=1)[self.seats // self.group_size] + self.length)[:, None]  # (B, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, 1, head_dim), keys and values (B, kv_heads, 1, head_dim) -> (B, heads, 1, head_dim)."""
-        B, kv_heads, _, head_dim = k.shape
-        now = self.length + 1
-        own_keys, own_values = self.keys[layer][:B, :, :now], self.values[layer][:B, :, :now]
-        own_keys[:, :, -1:], own_values[:, :, -1:] = k, v
-        queries = q.view(B, kv_heads, -1, head_dim) * head_dim**-0.5  # (B, kv_heads, n, head_dim): heads that share keys
-        to_prompt = self.by_prompt(queries) @ self.prompt_keys[layer].transpose(2, 3) + self.bias  # (P, kv_heads, G * n, L)
-        scores = torch.cat((self.by_row(to_prompt), queries @ own_keys.transpose(2, 3)), dim=3)  # (B, kv_heads, n, L + now)
-        weights = scores.float().softmax(dim=3).to(v.dtype)
-        on_prompt, on_own = weights.split((weights.shape[3] - now, now), dim=3)
-        out = on_own @ own_values + self.by_row(self.by_prompt(on_prompt) @ self.prompt_values[layer])
-        return out.view(q.shape)
+        (B, K, _, D), P, G, n = k.shape, len(self.valid), self.group_size, self.queries
+        rows = torch.cat((q.view(B, K, n, D), k, v), dim=2)
+        if B < P * G:  # empty seats hold zeros, which nobody reads
+            rows = rows.new_zeros(P * G, K, n + 2, D).index_copy_(0, self.seats, rows)
+        seated = rows.view(P, G, K, n + 2, D).transpose(1, 2)  # (P, kv_heads, G, n + 2, head_dim)
+        start = self.valid.shape[1] + G * self.length
+        keys, values = self.keys[layer][:, :, : start + G], self.values[layer][:, :, : start + G]
+        keys[:, :, start:], values[:, :, start:] = seated[:, :, :, n], seated[:, :, :, n + 1]
+        queries = seated[:, :, :, :n].reshape(P, K, G * n, D)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask[..., : start + G])
+        out = out.view(P, K, G, n, D).transpose(1, 2).reshape(P * G, K * n, 1, D)
+        return out if B == P * G else out[self.seats]
 
-    def drop(self, done: Tensor) -> Tensor:
-        """Forget the rows where `done` (B,); -> the old indices of those that stay, in their new order."""
-        order, moved = _without_holes(done)
-        self.slots = self.slots[order]
-        for cache in (*self.keys.values(), *self.values.values()):
-            cache[moved, :, : self.length] = cache[order[moved], :, : self.length]
-        owners = self.slots // self.group_size
-        empty = ~torch.isin(torch.arange(len(self.bias), device=done.device), owners)
-        if empty.any():
-            prompts, moved = _without_holes(empty)
-            place = torch.empty_like(empty, dtype=torch.long).index_copy_(0, prompts, torch.arange(len(prompts), device=done.device))
-            self.slots = place[owners] * self.group_size + self.slots % self.group_size
-            self.bias, self.prompt_lengths = self.bias[prompts], self.prompt_lengths[prompts]
-            for caches in (self.prompt_keys, self.prompt_values):
-                for layer, cache in caches.items():
-                    cache[moved] = cache[prompts[moved]]
-                    caches[layer] = cache[: len(prompts)]
-        return order
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, given as ascending indices."""
+        self.seats = self.seats[rows]
+        if 3 * len(rows) > 2 * len(self.valid) * self.group_size or not len(rows):
+            return
+        prompts, owner, members = (self.seats // self.group_size).unique(return_inverse=True, return_counts=True)
+        first = members.cumsum(0) - members
+        place = torch.arange(len(rows), device=rows.device) - first[owner]  # in the smaller group
+        L, G, size = self.valid.shape[1], self.group_size, int(members.max())
+        sources = torch.zeros(len(prompts), size, dtype=torch.long, device=rows.device)
+        sources[owner, place] = self.seats % G
+        self.valid, self.group_size, self.seats = self.valid[prompts], size, owner * size + place
 
+        def moved(cache: Tensor) -> Tensor:
+            cache = cache[prompts, :, : L + G * self.length]
+            own = cache[:, :, L:].unflatten(2, (self.length, G)).take_along_dim(sources[:, None, None, :, None], dim=3)
+            return self._with_room(cache[:, :, :L], own.flatten(2, 3))
 
-def _without_holes(done: Tensor) -> tuple[Tensor, Tensor]:
-    """Order of the rows that stay, the last ones moved into the places that fall free; and the places that changed."""
-    stay = int((~done).sum())
-    order = torch.arange(stay, device=done.device)
-    moved = done[:stay].nonzero()[:, 0]
-    order[moved] = (~done[stay:]).nonzero()[:, 0] + stay
-    return order, moved
+        self.keys, self.values = [moved(k) for k in self.keys], [moved(v) for v in self.values]
+        self._set_mask()
 
 
 class Attention(nn.Module):
@@ -315,8 +317,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, context: Sequences | Decoding) -> Tensor:
         """Last hidden states of `tokens` (B, T), placed and attended to as `context` says; -> (B, T, hidden_size)."""
-        angles = context.positions[:, None, :, None] * self.frequencies.to(tokens.device)  # (B, 1, T, head_dim / 2) in fp32
-        x, cos, sin = self.embed_tokens(tokens), angles.cos(), angles.sin()
+        cos, sin = rotary_tables(context.positions, self.frequencies.to(tokens.device))
+        x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x, cos, sin, context)
         return self.norm(x)
@@ -366,8 +368,31 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, to
         ordered, order = probs.sort(dim=-1, descending=True)
         dropped = ordered.double().cumsum(dim=-1) - ordered >= top_p
         probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
-    edges = probs.double().cumsum(dim=-1)
-    return torch.searchsorted(edges, uniform[:, None] * edges[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return inverse_cdf(probs, uniform)
+
+
+def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
+    """The first id whose cumulative probability exceeds uniform * total; (B, V), (B,) in fp64 -> (B,).
+
+    In two levels, over blocks of ids and then inside the block that was hit: cumulative sums must be in fp64, or rare tokens are
+    rounded away, and one over the whole vocabulary would write an fp64 table of it at every step.
+    """
+    if extra := -probs.shape[1] % block:
+        probs = F.pad(probs, (0, extra))
+    blocks = probs.unflatten(1, (-1, block))  # (B, V / block, block)
+    sums = blocks.sum(dim=2).double()
+    edges = sums.cumsum(dim=1)
+    target = uniform[:, None] * edges[:, -1:]  # (B, 1)
+    hit = _first_above(edges, target)
+    share = (target - (edges - sums).gather(1, hit)) / sums.gather(1, hit)  # of the block's mass, below the target
+    inside = blocks.gather(1, hit[:, :, None].expand(-1, 1, block))[:, 0].double().cumsum(dim=1)  # (B, block)
+    return (hit * block + _first_above(inside, share.clamp(min=0) * inside[:, -1:]))[:, 0]
+
+
+def _first_above(edges: Tensor, target: Tensor) -> Tensor:
+    """Index of the first edge above the target, which rounding must not put at or behind the last edge."""
+    below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
+    return torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
 
 
 @contextmanager
@@ -386,7 +411,7 @@ def packed_weights(model: Transformer) -> Iterator[None]:
         layers = []
     try:
         for layer in layers:
-            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)  # 16: rows to expect
+            layer.packed = _pack(layer.weight)
         yield
     finally:
         for layer in layers:
@@ -396,12 +421,16 @@ def packed_weights(model: Transformer) -> Iterator[None]:
 PACK_LIMIT = 4 << 30  # bytes
 
 
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: about how many rows to expect
+
+
 @lru_cache
 def _packing_works() -> bool:
     try:
         x, layer = torch.linspace(-1, 1, 3 * 64).view(3, 64), Linear(64, 128)
         plain = layer(x)
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 16)
+        layer.packed = _pack(layer.weight)
         return torch.allclose(layer(x), plain, atol=1e-5)
     except (AttributeError, RuntimeError, TypeError):
         return False
@@ -419,7 +448,7 @@ def waves(prompts: list[list[int]], group_size: int, max_new_tokens: int, token_
         yield wave
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -480,7 +509,7 @@ def _sample(
     prefill = Sequences(valid)
     logits = model.lm_head(model.hidden(tokens, prefill)[:, -1]).repeat_interleave(group_size, dim=0)  # (B, V)
 
-    context = Decoding(prefill, group_size, N)
+    context = Decoding(prefill, group_size, N, model.config.num_heads)
     live = torch.arange(B, device=device)  # which completion each row is writing
     sampled, logprobs = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     lengths, finished = torch.full((B,), N, device=device), torch.zeros(B, dtype=torch.bool, device=device)
@@ -491,8 +520,9 @@ def _sample(
         stopped = torch.isin(chosen, stops)
         if stopped.any():
             lengths[live[stopped]], finished[live[stopped]] = t + 1, True
-            order = context.drop(stopped)
-            live, chosen = live[order], chosen[order]
+            rows = (~stopped).nonzero()[:, 0]
+            live, chosen = live[rows], chosen[rows]
+            context.keep(rows)
         if not len(live) or t == N - 1:
             break
         logits = model.lm_head(model.hidden(chosen[:, None], context)[:, -1])

@@ -1,0 +1,183 @@
+"""Speed and memory beside what one would use instead, both sides in one run: prints ratios, asserts nothing.
+
+    python tests/bench.py rollout [--model DIR] [--repeats 5] [--threads 2]
+
+`rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
+transformers (to be installed beside the project's requirements). Without --model the model is Qwen3-shaped with random
+weights: width 512, 8 layers, vocabulary 32000, 42M parameters. Sides take turns; times are medians.
+"""
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import model as ours  # noqa: E402
+
+P, G, PROMPT, NEW = 4, 5, 256, 128
+RAW = dict(
+    model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=64, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
+    tie_word_embeddings=True, max_position_embeddings=1024,
+)  # fmt: skip
+
+
+def write_random_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    ours.save_model(ours.Transformer(ours.ModelConfig.from_json(RAW)), folder)
+
+
+def seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------------------- the machine's limit
+
+
+def bandwidth() -> float:
+    """Bytes per second when a large tensor is read once."""
+    x = torch.zeros(64 << 20)
+    return x.nbytes / statistics.median(seconds(x.sum) for _ in range(7))
+
+
+def arithmetic() -> float:
+    """Floating-point operations per second of a large matrix product in fp32."""
+    x = torch.randn(2048, 2048)
+    return 2 * 2048**3 / statistics.median(seconds(lambda: x @ x) for _ in range(7))
+
+
+def limit(config: ours.ModelConfig, lengths: np.ndarray, rate_bytes: float, rate_flops: float) -> float:
+    """Seconds that no implementation can beat: per step, reading weights and caches once, or the arithmetic, whichever is longer."""
+    c = config
+    layer = c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.hidden_size * c.intermediate_size
+    body, head = c.num_layers * layer, c.vocab_size * c.hidden_size
+    position = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # cached numbers per token
+    per_row = 4 * c.num_layers * c.num_heads * c.head_dim  # operations per attended position
+    total = (2 * body * P * PROMPT + 2 * head * P + per_row * P * PROMPT**2 / 2) / rate_flops
+    for t in range(1, int(lengths.max())):
+        rows = int((lengths > t).sum())
+        read = 4 * (body + head + position * (P * PROMPT + rows * t))
+        total += max(read / rate_bytes, (2 * rows * (body + head) + per_row * rows * (PROMPT + t)) / rate_flops)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------- the two sides
+
+
+class Ours:
+    name = "ours"
+
+    def __init__(self, folder: Path):
+        self.model = ours.load_model(folder)
+        self.stop = self.model.config.vocab_size - 1
+
+    def sample(self, prompts: list[list[int]], lengths: np.ndarray) -> None:
+        """Every completion ends after its planned length: its random number there is 2, which means the stop id."""
+        plan = {(tuple(p), g): lengths[i, g] for i, p in enumerate(prompts) for g in range(G)}
+        uniforms, choose = ours.uniforms, ours.choose
+
+        def planned_uniforms(seed, prompt, place, count):
+            numbers = uniforms(seed, prompt, place, count)
+            numbers[plan[tuple(prompt), place] - 1] = 2
+            return numbers
+
+        def planned_choose(logits, uniform, *settings) -> Tensor:
+            chosen = choose(logits, uniform, *settings)
+            chosen[chosen == self.stop] = 0
+            return torch.where(uniform > 1, self.stop, chosen)
+
+        ours.uniforms, ours.choose = planned_uniforms, planned_choose
+        try:
+            groups = ours.generate(self.model, prompts, G, NEW, stop_ids=(self.stop,))
+        finally:
+            ours.uniforms, ours.choose = uniforms, choose
+        assert [[len(c.tokens) for c in group] for group in groups] == lengths.tolist()
+
+
+class Theirs:
+    name = "transformers"
+
+    def __init__(self, folder: Path):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None
+
+    def sample(self, prompts: list[list[int]], lengths: np.ndarray) -> None:
+        ends = torch.from_numpy(lengths).flatten()
+
+        def planned_stop(ids: Tensor, scores, **kwargs) -> Tensor:
+            return ids.shape[1] - PROMPT >= ends
+
+        tokens = torch.tensor(prompts)
+        out = self.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            num_return_sequences=G, max_new_tokens=NEW, pad_token_id=0, stopping_criteria=[planned_stop],
+        )  # fmt: skip
+        assert out.shape == (P * G, PROMPT + lengths.max())
+
+
+def rollout(folder: Path, repeats: int) -> None:
+    sides = [Ours(folder), Theirs(folder)]
+    config = sides[0].model.config
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, config.vocab_size - 1, (P, PROMPT)).tolist()
+    spread = generator.permutation(np.linspace(16, NEW, P * G).astype(int)).reshape(P, G)
+    rates = bandwidth(), arithmetic()
+    print(f"{folder}: {P} prompts of {PROMPT} x {G}, {torch.get_num_threads()} threads; reads {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s")
+    for label, lengths in (("all of 128", np.full((P, G), NEW)), ("16 to 128", spread)):
+        times: dict[str, list[float]] = {side.name: [] for side in sides}
+        for repeat in range(repeats + 1):
+            for side in sides:
+                took = seconds(lambda: side.sample(prompts, lengths))
+                times[side.name] += [took] if repeat else []  # the first turn warms up
+        mine, other = (statistics.median(times[side.name]) for side in sides)
+        new, best = int(lengths.sum()), limit(config, lengths.flatten(), *rates)
+        print(
+            f"  {label:10}  ours {new / mine:5.0f} new tokens/s ({mine:.2f} s)   transformers {new / other:5.0f} ({other:.2f} s)   "
+            f"ratio {other / mine:.2f}   ours reaches {best / mine:.0%} of the machine's limit"
+        )
+    for side in ("Ours", "Theirs"):
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.peak(bench.{side}, {str(folder)!r}, {torch.get_num_threads()})"
+        print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout, end="")
+
+
+def peak(side: type, folder: str, threads: int) -> None:
+    """Memory of one side in a process of its own."""
+    torch.set_num_threads(threads)
+    prompts = np.random.default_rng(0).integers(0, 1000, (P, PROMPT)).tolist()
+    side(Path(folder)).sample(prompts, np.full((P, G), NEW))
+    print(f"  peak memory {side.name}: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["rollout"])
+    parser.add_argument("--model", type=Path, help="checkpoint folder; default: random weights, 42M parameters")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        parser.error("the other side is missing: pip install transformers (in an environment of its own, with requirements.txt)")
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.model is None:
+            args.model = Path(temporary) / "random-42M"
+            write_random_model(args.model)
+        rollout(args.model, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
