@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -114,9 +114,15 @@ class Linear(nn.Module):
         self.packed: Tensor | None = None  # for sampling on a CPU, see packed_weights
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        return project(x, self)[0]
+
+
+def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
+    """One x through several layers: a single product where their weights are packed, one below the other, in the first."""
+    if layers[0].packed is None:
+        return [F.linear(x, layer.weight) for layer in layers]
+    y = torch.ops.mkldnn._linear_pointwise(x, layers[0].packed, None, "none", [], "")
+    return y.split([len(layer.weight) for layer in layers], dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -125,8 +131,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -171,6 +176,8 @@ class Sequences:
         causal = index[None, :] <= index[past:, None]  # (T, past + T)
         itself = index[None, :] == index[past:, None]  # padding attends to itself: a softmax over nothing is NaN
         self.mask = (causal & whole[:, None, :] | itself)[:, None]  # (B, 1, T, past + T)
+        if not past and valid.all():
+            self.mask = None  # plain causal attention has faster kernels
         self.keys: dict[int, Tensor] = {}  # by layer: (B, kv_heads, T, head_dim)
         self.values: dict[int, Tensor] = {}
 
@@ -180,78 +187,92 @@ class Sequences:
         if self.prompts:
             k = torch.cat((self.prompts.keys[layer][self.owner], k), dim=2)
             v = torch.cat((self.prompts.values[layer][self.owner], v), dim=2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        gqa = q.shape[1] != k.shape[1]
+        if self.mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=gqa)
 
 
 class Decoding:
-    """Attention of one new token per completion, where all completions of a prompt are one sequence whose members are blind to
-    each other: [prompt | first tokens of the G completions | their second tokens | ...].
+    """Attention of one new token per completion: to its prompt, held once for the whole group, and to its own tokens so far.
 
-    So the prompt's keys and values are held, and read, once per group instead of once per completion. Row i of the B live
-    rows sits in seat `seats[i]` = prompt * G + place; rows that are done leave, and when a third of the seats is empty the rest
-    moves closer together. n = heads / kv_heads queries share a key.
+    Where a batched cache would hold, and read, a prompt's keys once per completion, here the queries of a group are laid side
+    by side and meet the prompt's keys in one product; one softmax is taken over both parts. Rows that are done leave, and so
+    do prompts that have none left. A lane is one kv head of one row, with the n = heads / kv_heads queries that share it: B * K
+    lanes; lane i sits in seat `seats[i]` of P * K * G.
     """
 
-    def __init__(self, prompts: Sequences, group_size: int, room: int, heads: int):
-        P, kv_heads, L, _ = prompts.keys[0].shape
-        self.length, self.room, self.queries = 0, room, heads // kv_heads
-        self.valid, self.group_size = prompts.valid, group_size  # (P, L), G
-        self.seats = torch.arange(P * group_size, device=prompts.valid.device)  # (B,)
-        self.keys = [self._with_room(k, k[:, :, :0]) for k in prompts.keys.values()]  # by layer: (P, kv_heads, L + G * room, head_dim)
-        self.values = [self._with_room(v, v[:, :, :0]) for v in prompts.values.values()]
-        self._set_mask()
+    def __init__(self, prompts: Sequences, group_size: int, room: int):
+        P, self.kv_heads, L, head_dim = prompts.keys[0].shape
+        device, dtype = prompts.valid.device, prompts.keys[0].dtype
+        self.group_size, self.length = group_size, 0
+        self.owner = torch.arange(P, device=device).repeat_interleave(group_size)  # (B,) the prompt of each row
+        self.place = torch.arange(group_size, device=device).repeat(P)  # (B,) and its place in the group
+        self.prompt_lengths = prompts.valid.sum(dim=1)  # (P,)
+        self.bias = torch.zeros(P, 1, L, device=device, dtype=dtype).masked_fill_(~prompts.valid[:, None], -math.inf)
+        self.prompt_keys = [k.transpose(2, 3).contiguous() for k in prompts.keys.values()]  # by layer: (P, K, head_dim, L)
+        self.prompt_values = [v.contiguous() for v in prompts.values.values()]  # (P, K, L, head_dim)
+        size = (P * group_size, self.kv_heads, room, head_dim)  # (B, K, room, head_dim)
+        self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in self.prompt_keys]
+        self.values = [torch.empty(size, device=device, dtype=dtype) for _ in self.prompt_keys]
+        self._take_seats()
 
-    def _with_room(self, prompt: Tensor, own: Tensor) -> Tensor:
-        """Prompts (P, kv_heads, L, head_dim) and what was written so far (P, kv_heads, G * length, head_dim), with room to grow."""
-        rest = self.group_size * self.room - own.shape[2]
-        return torch.cat((prompt, own, own.new_empty(*own.shape[:2], rest, own.shape[3])), dim=2)
-
-    def _set_mask(self) -> None:
-        """0 where a query may look, minus infinity at padding and at other members; (P, 1, G * n, L + G * room)."""
-        place = torch.arange(self.group_size, device=self.valid.device)
-        own = place.repeat_interleave(self.queries)[:, None] == place.repeat(self.room)  # (G * n, G * room)
-        allowed = torch.cat((self.valid[:, None].expand(-1, len(own), -1), own.expand(len(self.valid), -1, -1)), dim=2)
-        self.mask = torch.zeros(allowed.shape, device=own.device, dtype=self.keys[0].dtype).masked_fill_(~allowed, -math.inf)[:, None]
+    def _take_seats(self) -> None:
+        head = torch.arange(self.kv_heads, device=self.owner.device)
+        self.seats = ((self.owner[:, None] * self.kv_heads + head) * self.group_size + self.place[:, None]).flatten()
+        self.lane_bias = self.bias.repeat_interleave(self.kv_heads, dim=0)  # (P * K, 1, L): minus infinity at padding
 
     @property
     def positions(self) -> Tensor:
-        return (self.valid.sum(dim=1)[self.seats // self.group_size] + self.length)[:, None]  # (B, 1)
+        return (self.prompt_lengths[self.owner] + self.length)[:, None]  # (B, 1)
+
+    def by_prompt(self, x: Tensor) -> Tensor:
+        """(B * K, n, m) -> (P * K, G * n, m): the lanes of a group side by side, zeros in empty seats."""
+        seated = x.new_zeros(len(self.lane_bias) * self.group_size, *x.shape[1:]).index_copy_(0, self.seats, x)
+        return seated.view(len(self.lane_bias), -1, x.shape[2])
+
+    def by_lane(self, x: Tensor) -> Tensor:
+        """(P * K, G * n, m) -> (B * K, n, m)."""
+        return x.view(len(x) * self.group_size, -1, x.shape[2]).index_select(0, self.seats)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, 1, head_dim), keys and values (B, kv_heads, 1, head_dim) -> (B, heads, 1, head_dim)."""
-        (B, K, _, D), P, G, n = k.shape, len(self.valid), self.group_size, self.queries
-        rows = torch.cat((q.view(B, K, n, D), k, v), dim=2)
-        if B < P * G:  # empty seats hold zeros, which nobody reads
-            rows = rows.new_zeros(P * G, K, n + 2, D).index_copy_(0, self.seats, rows)
-        seated = rows.view(P, G, K, n + 2, D).transpose(1, 2)  # (P, kv_heads, G, n + 2, head_dim)
-        start = self.valid.shape[1] + G * self.length
-        keys, values = self.keys[layer][:, :, : start + G], self.values[layer][:, :, : start + G]
-        keys[:, :, start:], values[:, :, start:] = seated[:, :, :, n], seated[:, :, :, n + 1]
-        queries = seated[:, :, :, :n].reshape(P, K, G * n, D)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.mask[..., : start + G])
-        out = out.view(P, K, G, n, D).transpose(1, 2).reshape(P * G, K * n, 1, D)
-        return out if B == P * G else out[self.seats]
+        """(B, heads, 1, head_dim), keys and values (B, K, 1, head_dim) -> (B, heads, 1, head_dim)."""
+        B, K, _, D = k.shape
+        keys, values = self.keys[layer].flatten(0, 1)[: B * K], self.values[layer].flatten(0, 1)[: B * K]
+        keys[:, self.length], values[:, self.length] = k.reshape(B * K, D), v.reshape(B * K, D)
+        keys, values = keys[:, : self.length + 1], values[:, : self.length + 1]  # (B * K, now, head_dim)
+        prompt_keys, prompt_values = self.prompt_keys[layer].flatten(0, 1), self.prompt_values[layer].flatten(0, 1)
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, given as ascending indices."""
-        self.seats = self.seats[rows]
-        if 3 * len(rows) > 2 * len(self.valid) * self.group_size or not len(rows):
-            return
-        prompts, owner, members = (self.seats // self.group_size).unique(return_inverse=True, return_counts=True)
-        first = members.cumsum(0) - members
-        place = torch.arange(len(rows), device=rows.device) - first[owner]  # in the smaller group
-        L, G, size = self.valid.shape[1], self.group_size, int(members.max())
-        sources = torch.zeros(len(prompts), size, dtype=torch.long, device=rows.device)
-        sources[owner, place] = self.seats % G
-        self.valid, self.group_size, self.seats = self.valid[prompts], size, owner * size + place
+        q = (q * D**-0.5).view(B * K, -1, D)  # (B * K, n, head_dim)
+        to_prompt = self.by_lane(torch.baddbmm(self.lane_bias, self.by_prompt(q), prompt_keys))  # (B * K, n, L)
+        scores = torch.cat((to_prompt, torch.bmm(q, keys.transpose(1, 2))), dim=2)  # (B * K, n, L + now)
+        weights = scores.softmax(dim=2, dtype=torch.float32).to(v.dtype)
+        on_prompt, on_own = weights.split((prompt_keys.shape[2], self.length + 1), dim=2)
+        out = torch.bmm(on_own, values) + self.by_lane(torch.bmm(self.by_prompt(on_prompt), prompt_values))
+        return out.view(B, -1, 1, D)
 
-        def moved(cache: Tensor) -> Tensor:
-            cache = cache[prompts, :, : L + G * self.length]
-            own = cache[:, :, L:].unflatten(2, (self.length, G)).take_along_dim(sources[:, None, None, :, None], dim=3)
-            return self._with_room(cache[:, :, :L], own.flatten(2, 3))
+    def drop(self, done: Tensor) -> Tensor:
+        """Forget the rows where `done` (B,); -> the old indices of those that stay, in their new order."""
+        order, moved = _without_holes(done)
+        self.owner, self.place = self.owner[order], self.place[order]
+        for cache in self.keys + self.values:
+            cache[moved, :, : self.length] = cache[order[moved], :, : self.length]
+        prompts, owner = self.owner.unique(return_inverse=True)
+        if len(prompts) < len(self.bias):
+            self.owner, self.bias, self.prompt_lengths = owner, self.bias[prompts], self.prompt_lengths[prompts]
+            self.prompt_keys = [keys[prompts] for keys in self.prompt_keys]
+            self.prompt_values = [values[prompts] for values in self.prompt_values]
+        self._take_seats()
+        return order
 
-        self.keys, self.values = [moved(k) for k in self.keys], [moved(v) for v in self.values]
-        self._set_mask()
+
+def _without_holes(done: Tensor) -> tuple[Tensor, Tensor]:
+    """Order of the rows that stay, the last ones moved into the places that fall free; and the places that changed."""
+    stay = int((~done).sum())
+    order = torch.arange(stay, device=done.device)
+    moved = done[:stay].nonzero()[:, 0]
+    order[moved] = (~done[stay:]).nonzero()[:, 0] + stay
+    return order, moved
 
 
 class Attention(nn.Module):
@@ -267,9 +288,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Sequences | Decoding) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -282,7 +302,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -355,18 +376,17 @@ def uniforms(seed: int, prompt: list[int], place: int, count: int) -> np.ndarray
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One id per row by inverse CDF; logits (B, V) in fp32, uniform (B,) in fp64 -> (B,). Temperature 0 is greedy."""
+def choose(log_probs: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """One id per row by inverse CDF; log-softmax (B, V) in fp32, uniform (B,) in fp64 -> (B,). Temperature 0 is greedy."""
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    if temperature != 1:
-        logits = logits / temperature
+        return log_probs.argmax(dim=-1)
+    probs = log_probs.exp() if temperature == 1 else (log_probs / temperature).softmax(dim=-1)
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
-    probs = logits.softmax(dim=-1)
+        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.shape[-1])).values[:, -1:], 0.0)
     if top_p < 1:  # keep the smallest set of ids that reaches top_p
         ordered, order = probs.sort(dim=-1, descending=True)
-        dropped = ordered.double().cumsum(dim=-1) - ordered >= top_p
+        reached = ordered.double().cumsum(dim=-1)
+        dropped = reached - ordered >= top_p * reached[:, -1:]
         probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
     return inverse_cdf(probs, uniform)
 
@@ -405,17 +425,20 @@ def packed_weights(model: Transformer) -> Iterator[None]:
     happens.
     """
     weight = model.embed_tokens.weight
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    size = sum(layer.weight.nbytes for layer in layers)
+    together = [[model.lm_head]]
+    for block in model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        together += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    size = sum(layer.weight.nbytes for layers in together for layer in layers)
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or size > PACK_LIMIT or not _packing_works():
-        layers = []
+        together = []
     try:
-        for layer in layers:
-            layer.packed = _pack(layer.weight)
+        for layers in together:
+            layers[0].packed = _pack(torch.cat([layer.weight for layer in layers]) if layers[1:] else layers[0].weight)
         yield
     finally:
-        for layer in layers:
-            layer.packed = None
+        for layers in together:
+            layers[0].packed = None
 
 
 PACK_LIMIT = 4 << 30  # bytes
@@ -509,7 +532,7 @@ def _sample(
     prefill = Sequences(valid)
     logits = model.lm_head(model.hidden(tokens, prefill)[:, -1]).repeat_interleave(group_size, dim=0)  # (B, V)
 
-    context = Decoding(prefill, group_size, N, model.config.num_heads)
+    context = Decoding(prefill, group_size, N)
     live = torch.arange(B, device=device)  # which completion each row is writing
     sampled, logprobs = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     lengths, finished = torch.full((B,), N, device=device), torch.zeros(B, dtype=torch.bool, device=device)
@@ -520,9 +543,8 @@ def _sample(
         stopped = torch.isin(chosen, stops)
         if stopped.any():
             lengths[live[stopped]], finished[live[stopped]] = t + 1, True
-            rows = (~stopped).nonzero()[:, 0]
-            live, chosen = live[rows], chosen[rows]
-            context.keep(rows)
+            order = context.drop(stopped)
+            live, chosen = live[order], chosen[order]
         if not len(live) or t == N - 1:
             break
         logits = model.lm_head(model.hidden(chosen[:, None], context)[:, -1])

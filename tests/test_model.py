@@ -113,9 +113,9 @@ def test_what_does_not_fit_is_named(tiny, tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="not a safetensors file"):
         load_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="empty prompt"):
-        generate(tiny, [[1], []])
-    with pytest.raises(ValueError, match="context 64"):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        generate(tiny, [[1], []], max_new_tokens=4)
+    with pytest.raises(ValueError, match="the model's context 64"):
         generate(tiny, [[1]], max_new_tokens=64)
 
 
