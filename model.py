@@ -56,50 +56,74 @@ class ModelConfig:
     def from_json(raw: dict) -> "ModelConfig":
         """Read a Hugging Face config; what we cannot run exactly is refused by name (ValueError)."""
         kind = raw.get("model_type")
-        if kind not in ("qwen3", "llama"):
+        if kind not in _DEFAULTS:
             raise ValueError(f"model_type {kind!r} is not supported: expected 'qwen3' or 'llama'")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        given = _DEFAULTS[kind] | raw
+        rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"config has rope settings {rope!r}; expected an object")
-        layer_types = raw.get("layer_types") or []
+        rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1))
         refused = {
-            "use_sliding_window": raw.get("use_sliding_window"),
-            "layer_types": [kind for kind in layer_types if kind != "full_attention"],
-            "attention_bias": raw.get("attention_bias"),
-            "mlp_bias": raw.get("mlp_bias"),
-            "quantization_config": raw.get("quantization_config"),
-            "num_experts": raw.get("num_experts") or raw.get("num_local_experts"),
-            "hidden_act": raw.get("hidden_act", "silu") != "silu" and raw["hidden_act"],
-            "partial_rotary_factor": (factor := rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))) != 1 and factor,
+            "use_sliding_window": given.get("use_sliding_window"),
+            "layer_types": [layer for layer in given.get("layer_types") or [] if layer != "full_attention"],
+            "attention_bias": given.get("attention_bias"),
+            "mlp_bias": given.get("mlp_bias"),
+            "quantization_config": given.get("quantization_config"),
+            "num_experts": given.get("num_experts") or given.get("num_local_experts"),
+            "hidden_act": given["hidden_act"] != "silu" and given["hidden_act"],
+            "partial_rotary_factor": rotated not in (1, None) and rotated,
         }
         for name, value in refused.items():
             if value:
                 raise ValueError(f"config has {name} = {value!r}, which this forward pass does not compute")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if missing := [name for name in needed if not isinstance(raw.get(name), int) or raw[name] < 1]:
-            raise ValueError(f"config has no positive whole number for {', '.join(missing)}")
+
+        heads = given.get("num_attention_heads")
+        given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
+        for name in _SIZES:
+            if type(given.get(name)) is not int or given[name] < 1:
+                raise ValueError(f"config has {name} = {given.get(name)!r}; expected a positive whole number")
+        head_dim = given.get("head_dim") or given["hidden_size"] // heads
+        if type(head_dim) is not int or head_dim < 2 or head_dim % 2 or heads % given["num_key_value_heads"]:
+            raise ValueError(
+                f"config has {heads} heads of size {head_dim!r} for {given['num_key_value_heads']} key heads; expected an even size "
+                "and a multiple of the key heads"
+            )
+
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise ValueError(f"rope type {rope_type!r} is not supported: expected 'default' or 'llama3'")
-        llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if rope_type == "llama3" and (missing := [name for name in llama3 if name not in rope]):
-            raise ValueError(f"rope type 'llama3' needs {', '.join(missing)}")
+        theta = rope.get("rope_theta") or given["rope_theta"]
+        numbers = {"rope_theta": theta, "rms_norm_eps": given["rms_norm_eps"]}
+        if rope_type == "llama3":
+            numbers |= {name: rope.get(name) for name in _LLAMA3}
+        for name, value in numbers.items():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"config has {name} = {value!r}; expected a number above 0")
         return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            vocab_size=given["vocab_size"],
+            hidden_size=given["hidden_size"],
+            intermediate_size=given["intermediate_size"],
+            num_layers=given["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=given["num_key_value_heads"],
+            head_dim=head_dim,
+            rope_theta=float(theta),
             rope_scaling=rope if rope_type == "llama3" else None,
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tied=raw.get("tie_word_embeddings", False),
+            norm_eps=given["rms_norm_eps"],
+            tied=bool(given.get("tie_word_embeddings")),
             qk_norm=kind == "qwen3",
-            max_positions=raw.get("max_position_embeddings") or 2048,
+            max_positions=given["max_position_embeddings"],
             raw=raw,
         )
+
+
+_COMMON = dict(hidden_act="silu", rope_theta=10000.0, rms_norm_eps=1e-6)
+_DEFAULTS = {  # by model_type: what transformers assumes where config.json is silent
+    "qwen3": _COMMON | dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768),
+    "llama": _COMMON | dict(max_position_embeddings=2048),
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 # --------------------------------------------------------------------------------------------------------------- forward
@@ -187,10 +211,10 @@ class Sequences:
         if self.prompts:
             k = torch.cat((self.prompts.keys[layer][self.owner], k), dim=2)
             v = torch.cat((self.prompts.values[layer][self.owner], v), dim=2)
-        gqa = q.shape[1] != k.shape[1]
-        if self.mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=gqa)
+        if self.mask is not None and not q.is_cpu:  # a GPU's fast kernels take a mask or shared keys, not both
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=shared)
 
 
 class Decoding:
@@ -528,11 +552,7 @@ def _sample(
     device = model.embed_tokens.weight.device
     B, N = rolls.shape
     rolls, stops = torch.from_numpy(rolls).to(device), torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    tokens, valid = pad(prompts, "left", device)
-    prefill = Sequences(valid)
-    logits = model.lm_head(model.hidden(tokens, prefill)[:, -1]).repeat_interleave(group_size, dim=0)  # (B, V)
-
-    context = Decoding(prefill, group_size, N)
+    logits, context = _prefill(model, prompts, group_size, N)
     live = torch.arange(B, device=device)  # which completion each row is writing
     sampled, logprobs = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
     lengths, finished = torch.full((B,), N, device=device), torch.zeros(B, dtype=torch.bool, device=device)
@@ -554,6 +574,14 @@ def _sample(
         for ids, values, n, end in zip(sampled.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
     ]
     return [done[i : i + group_size] for i in range(0, B, group_size)]
+
+
+def _prefill(model: Transformer, prompts: list[tuple[int, ...]], group_size: int, room: int) -> tuple[Tensor, Decoding]:
+    """Logits of every completion's first token (B, V), and the context to continue in."""
+    tokens, valid = pad(prompts, "left", model.embed_tokens.weight.device)
+    sequences = Sequences(valid)
+    last = model.hidden(tokens, sequences)[:, -1]  # (P, d)
+    return model.lm_head(last).repeat_interleave(group_size, dim=0), Decoding(sequences, group_size, room)
 
 
 def completion_logprobs(
@@ -608,39 +636,52 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """Load a Hugging Face checkpoint folder (single or sharded safetensors); ValueError names what does not fit."""
+    """Load a Hugging Face checkpoint folder (single or sharded safetensors); ValueError names what does not fit.
+
+    Names and shapes are compared before anything is read; then each tensor goes from its file into the wanted dtype and device by
+    itself, the largest first, so that memory peaks at hardly more than the weights.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder; expected one with config.json and model.safetensors")
     config = ModelConfig.from_json(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    loaded: dict[str, Tensor] = {}
+    wanted = dict(model.named_parameters())
+    places: dict[str, tuple[Path, str]] = {}  # of each parameter: its file and its name there
     for file in _weight_files(folder):
-        if not file.exists():
-            raise ValueError(f"{file}: no such weights file")
-        try:
-            weights = safe_open(file, framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: not a safetensors file: {error}") from None
-        with weights:
+        with _open_weights(file) as weights:
             for key in weights.keys():
                 name = key.removeprefix("model.")
                 if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
                     continue  # the embedding is the head; older checkpoints store rotation tables
                 if name not in wanted:
-                    raise ValueError(f"{file}: tensor {key!r} has no place in a {config.raw['model_type']} model")
-                tensor = weights.get_tensor(key)
-                if tuple(tensor.shape) != wanted[name]:
-                    raise ValueError(f"{file}: {key!r} has shape {tuple(tensor.shape)}, expected {wanted[name]}")
-                loaded[name] = tensor.to(dtype)
-    if missing := sorted(wanted.keys() - loaded.keys()):
+                    raise ValueError(f"{file}: tensor {key!r} has no place in a {config.raw['model_type']} model of this config")
+                shape, expected = tuple(weights.get_slice(key).get_shape()), tuple(wanted[name].shape)
+                if shape != expected:
+                    raise ValueError(f"{file}: {key!r} has shape {shape}, expected {expected}")
+                places[name] = file, key
+    if missing := sorted(wanted.keys() - places.keys()):
         raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    model.load_state_dict(loaded, strict=False, assign=True)  # names and shapes were compared above
+
+    loaded: dict[str, Tensor] = {}
+    for name in sorted(wanted, key=lambda name: -wanted[name].numel()):
+        file, key = places[name]
+        with _open_weights(file, device) as weights:  # anew for each tensor: an open file's pages stay in memory
+            loaded[name] = weights.get_tensor(key).to(dtype, copy=True)
+    model.load_state_dict(loaded, strict=False, assign=True)  # strict would ask for a tied head
     model.tie()
     model.source = folder
     return model.requires_grad_(True).eval()
+
+
+def _open_weights(file: Path, device: str = "cpu") -> safe_open:
+    if not file.exists():
+        raise ValueError(f"{file}: no such weights file")
+    try:
+        return safe_open(file, framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a safetensors file: {error}") from None
 
 
 def refuse_other_folders(target: Path) -> None:
