@@ -628,11 +628,10 @@ def _weight_files(folder: Path) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError(f"{index}: no weight_map")
-    names = sorted(set(shards.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index}: shard {name!r} points outside the checkpoint folder")
-    return [folder / name for name in names]
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: shard {name!r} is no name of a safetensors file in the checkpoint folder")
+    return [folder / name for name in sorted(set(shards.values()))]
 
 
 def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
@@ -680,7 +679,7 @@ def _open_weights(file: Path, device: str = "cpu") -> safe_open:
         raise ValueError(f"{file}: no such weights file")
     try:
         return safe_open(file, framework="pt", device=str(device))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from None
 
 

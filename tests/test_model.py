@@ -1,128 +1,301 @@
-"""The forward pass, the cache and the checkpoints, on a random Qwen3-shaped model (transformers, where installed, as the judge)."""
+"""The forward pass, checkpoints, tokenizer and chat, against values that transformers computed (golden.json, made by golden.py)."""
+import importlib.util
 import json
+import os
+from pathlib import Path
 
+import golden
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 
-from model import ModelConfig, Tokenizer, Transformer, choose, completion_logprobs, generate, load_model, save_model
+from model import ModelConfig, Tokenizer, Transformer, load_model, rotary_frequencies, save_model
 
-RAW = dict(
-    model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
-    tie_word_embeddings=False, max_position_embeddings=64,
-)  # fmt: skip
-PROMPTS = [[5, 9, 2], [7, 7, 3, 11, 30, 8], [1]]
+RECORDED = json.loads(golden.FILE.read_text(encoding="utf-8"))
+RAW = golden.CONFIGS["qwen3 untied, 2 queries a key"]
+TIED = golden.CONFIGS["qwen3 tied, 4 heads of 16"]
 
 
-@pytest.fixture
-def tiny():
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_json(RAW))
-    for name, p in model.named_parameters():  # norms away from 1 and logits far apart, so that mistakes show
-        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3)
+def stored(name):
+    return name if name == "lm_head.weight" else f"model.{name}"
+
+
+def filled(raw):
+    model = Transformer(ModelConfig.from_json(raw))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(golden.fill(stored(name), tuple(p.shape)))
     return model
 
 
-def test_greedy_decoding_with_the_cache_is_argmax_of_the_full_forward(tiny):
-    for prompt, group in zip(PROMPTS, generate(tiny, PROMPTS, max_new_tokens=12, temperature=0)):
-        tokens = list(prompt)
-        for token in group[0].tokens:
-            assert token == tiny(torch.tensor([tokens]))[0, -1].argmax().item()
-            tokens.append(token)
-        assert len(tokens) == len(prompt) + 12
+def relative_error(ours, theirs):
+    return float(((ours.float() - theirs).abs().max() / theirs.abs().max()).detach())
 
 
-def test_sampler_logprobs_are_the_trainers_and_those_of_the_plain_forward(tiny):
-    groups = generate(tiny, PROMPTS, group_size=3, max_new_tokens=9, stop_ids=(4, 17, 23), seed=3)
-    rows = [[c.tokens for c in group] for group in groups]
-    logprobs, mask = completion_logprobs(tiny, PROMPTS, rows)
-    assert len({len(row) for group in rows for row in group}) > 1  # some stopped early: the mask is really used
-    flat = [(p, c) for p, group in zip(PROMPTS, groups) for c in group]
-    for i, (prompt, completion) in enumerate(flat):
-        n = len(completion.tokens)
-        assert mask[i].tolist() == [True] * n + [False] * (mask.shape[1] - n)
-        torch.testing.assert_close(logprobs[i, :n], torch.tensor(completion.logprobs), atol=1e-5, rtol=0)
-        plain = tiny(torch.tensor([prompt + completion.tokens])).log_softmax(-1)[0, len(prompt) - 1 : -1]
-        torch.testing.assert_close(logprobs[i, :n], plain[range(n), completion.tokens], atol=1e-5, rtol=0)
+# --------------------------------------------------------------------------------------------------------------------------- parity
 
 
-def test_gradients_through_the_shared_prompt_are_those_of_the_plain_forward(tiny):
-    rows = [[[3, 4], [8, 1, 6]], [[2], [9, 9]]]
-    logprobs, mask = completion_logprobs(tiny, PROMPTS[:2], rows)
-    shared = torch.autograd.grad(logprobs[mask].sum(), list(tiny.parameters()))
-    total = 0.0
-    for prompt, group in zip(PROMPTS, rows):
-        for row in group:
-            plain = tiny(torch.tensor([prompt + row])).log_softmax(-1)[0, len(prompt) - 1 : -1]
-            total = total + plain[range(len(row)), row].sum()
-    for ours, theirs in zip(shared, torch.autograd.grad(total, list(tiny.parameters()))):
-        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+@pytest.mark.parametrize("label", golden.CONFIGS)
+def test_logits_are_those_of_transformers(label):
+    logits = filled(golden.CONFIGS[label])(torch.tensor([golden.TOKENS]))[0, golden.POSITIONS]
+    assert relative_error(logits, torch.tensor(RECORDED["logits"][label])) < 1e-4
 
 
-def test_a_completion_does_not_depend_on_the_batch(tiny):
-    together = generate(tiny, PROMPTS, group_size=2, max_new_tokens=8, seed=5)
-    alone = generate(tiny, PROMPTS[1:2], group_size=2, max_new_tokens=8, seed=5)
-    assert [c.tokens for c in together[1]] == [c.tokens for c in alone[0]]
-    assert [c.tokens for c in generate(tiny, PROMPTS[1:2], 2, 8, seed=6)[0]] != [c.tokens for c in alone[0]]
+@pytest.mark.parametrize("label", golden.CONFIGS)
+def test_bf16_is_no_further_off_than_in_transformers(label):
+    logits = filled(golden.CONFIGS[label]).bfloat16()(torch.tensor([golden.TOKENS]))[0, golden.POSITIONS]
+    assert logits.dtype == torch.bfloat16
+    assert relative_error(logits, torch.tensor(RECORDED["logits"][label])) < 1.5 * RECORDED["bf16_error"][label]
 
 
-def test_choose_follows_the_distribution():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4, 1)
-    u = torch.tensor([0.49, 0.51, 0.81, 0.96], dtype=torch.double)
-    assert choose(logits, u, 1.0, 1.0, 0).tolist() == [0, 1, 2, 3]
-    assert choose(logits, u, 1.0, 1.0, 2).tolist() == [0, 0, 1, 1]  # renormalised over two: the edge is at 0.625
-    assert choose(logits, u, 1.0, 0.9, 0).tolist() == [0, 0, 1, 2]  # over three: edges at 0.526 and 0.842
-    assert choose(logits, u, 0.0, 1.0, 0).tolist() == [0, 0, 0, 0]
+def test_norms_and_rotation_tables_are_computed_in_fp32():
+    model = filled(RAW).bfloat16()
+    assert torch.equal(model.frequencies, rotary_frequencies(model.config)) and model.frequencies.dtype == torch.float32
+    x = (torch.arange(48) - 20.3).bfloat16()
+    exact = x.double() / (x.double().square().mean() + 1e-5).sqrt() * model.norm.weight.double()
+    assert torch.equal(model.norm(x), exact.bfloat16())  # rounded once, at the end
 
 
-def test_saved_folder_loads_with_the_same_logits(tiny, tmp_path):
-    save_model(tiny, tmp_path / "model")
-    save_model(tiny, tmp_path / "model")  # replaces, and leaves nothing else behind
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    tokens = torch.tensor([PROMPTS[1]])
-    assert torch.equal(load_model(tmp_path / "model")(tokens), tiny(tokens))
+def test_llama3_scaling_of_frequencies_by_hand():
+    # theta 10000, head_dim 4: frequencies 1 and 0.01. Original context 64 * pi: 32 turns of the first (kept), 0.32 of the second (/ 8)
+    scaling = golden.LLAMA3 | dict(original_max_position_embeddings=201)
+    raw = golden.LLAMA | dict(num_attention_heads=4, head_dim=4, rope_scaling=scaling)
+    torch.testing.assert_close(rotary_frequencies(ModelConfig.from_json(raw)), torch.tensor([1.0, 0.01 / 8]))
+    # original context 1600: 1600 * 0.01 / 2 pi = 2.546 turns, (2.546 - 1) / (4 - 1) = 0.5155 of it kept, the rest / 8
+    raw["rope_scaling"] = scaling | dict(original_max_position_embeddings=1600)
+    torch.testing.assert_close(rotary_frequencies(ModelConfig.from_json(raw)), torch.tensor([1.0, 0.005155 + 0.004845 / 8]), atol=1e-6, rtol=0)
 
 
-def test_transformers_computes_the_same_logits(tiny, tmp_path):
+SMOLLM2 = os.environ.get("SOCIALR1_SMOLLM2")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="SOCIALR1_SMOLLM2 names no folder with SmolLM2-135M-Instruct")
+def test_smollm2_has_the_logits_and_the_chat_of_transformers():
+    recorded = RECORDED["smollm2"]
+    assert Tokenizer(SMOLLM2).chat(golden.CHAT) == recorded["ids"]
+    with torch.no_grad():
+        logits = load_model(SMOLLM2)(torch.tensor([recorded["ids"]]))[0, -1, ::500]
+    assert float((logits - torch.tensor(recorded["logits"])).abs().max()) < 1e-4 * recorded["largest"]
+
+
+@pytest.mark.parametrize("label", golden.CONFIGS)
+def test_checkpoints_go_to_transformers_and_back(label, tmp_path):
     transformers = pytest.importorskip("transformers")
-    save_model(tiny, tmp_path / "model")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    tokens = torch.tensor([PROMPTS[1]])
-    torch.testing.assert_close(tiny(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    tokens = torch.tensor([golden.TOKENS])
+    ours = filled(golden.CONFIGS[label])
+    save_model(ours, tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert relative_error(ours(tokens), theirs(tokens).logits) < 1e-4
+        theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+        assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+        assert torch.equal(load_model(tmp_path / "theirs")(tokens), ours(tokens))
 
 
-def test_what_does_not_fit_is_named(tiny, tmp_path):
-    with pytest.raises(ValueError, match="no such model folder"):
+# --------------------------------------------------------------------------------------------------------------------------- config
+
+
+def test_config_is_read_as_transformers_does_where_it_is_silent():
+    short = dict(vocab_size=9, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=32)
+    qwen = ModelConfig.from_json(short | dict(model_type="qwen3"))
+    assert (qwen.head_dim, qwen.num_kv_heads, qwen.max_positions, qwen.rope_theta, qwen.norm_eps, qwen.tied) == (128, 32, 32768, 1e4, 1e-6, False)
+    llama = ModelConfig.from_json(short | dict(model_type="llama"))
+    assert (llama.head_dim, llama.num_kv_heads, llama.max_positions, llama.rope_theta, llama.norm_eps, llama.tied) == (2, 32, 2048, 1e4, 1e-6, False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="qwen3_moe"), "'qwen3_moe' is not supported"),
+        (dict(model_type=None), "None is not supported"),
+        (dict(use_sliding_window=True), "use_sliding_window = True"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = .'sliding_attention'."),
+        (dict(attention_bias=True), "attention_bias = True"),
+        (dict(mlp_bias=True), "mlp_bias = True"),
+        (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (dict(num_experts=8), "num_experts = 8"),
+        (dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope type 'yarn' is not supported"),
+        (dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope type 'linear' is not supported"),
+        (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor = None"),
+        (dict(rope_scaling="yarn"), "rope settings 'yarn'"),
+        (dict(rope_parameters={"rope_theta": "much"}), "rope_theta = 'much'"),
+        (dict(rms_norm_eps=None), "rms_norm_eps = None"),
+        (dict(hidden_size=None), "hidden_size = None; expected a positive whole number"),
+        (dict(num_hidden_layers=2.5), "num_hidden_layers = 2.5"),
+        (dict(vocab_size=True), "vocab_size = True"),
+        (dict(num_attention_heads=5), "5 heads of size 8 for 2 key heads"),
+        (dict(head_dim=7), "heads of size 7"),
+    ],
+)
+def test_what_cannot_be_run_exactly_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_json(RAW | change)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def shard(folder):
+    """The folder's one weights file as two, with an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        save_file({name: weights[name] for name in part}, folder / f"model-0000{i}-of-00002.safetensors")
+        weight_map |= {name: f"model-0000{i}-of-00002.safetensors" for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+@pytest.mark.parametrize("raw", [RAW, TIED])
+def test_single_and_sharded_files_load_with_the_same_logits(raw, tmp_path):
+    model, tokens = filled(raw), torch.tensor([golden.TOKENS])
+    save_model(model, tmp_path / "model")
+    save_model(model, tmp_path / "model")  # replaces, and leaves nothing else behind
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert torch.equal(load_model(tmp_path / "model")(tokens), model(tokens))
+    shard(tmp_path / "model")
+    sharded = load_model(tmp_path / "model")
+    assert torch.equal(sharded(tokens), model(tokens))
+    save_model(sharded, tmp_path / "again")  # one file, and no index of shards that are not there
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_model(tmp_path / "again")(tokens), model(tokens))
+
+
+def test_tied_heads_may_be_stored_or_not_and_stay_tied(tmp_path):
+    model, tokens = filled(TIED), torch.tensor([golden.TOKENS])
+    save_model(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+    def add(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as older checkpoints have it
+
+    change_weights(tmp_path, add)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded(tokens), model(tokens)) and loaded.lm_head.weight is loaded.embed_tokens.weight
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_weights_load_into_the_wanted_dtype(tmp_path):
+    model = filled(RAW)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.bfloat16)
+    for ours, theirs in zip(loaded.parameters(), model.parameters()):
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs.bfloat16()) and ours.requires_grad
+    save_model(loaded, tmp_path / "coarse")
+    assert json.loads((tmp_path / "coarse" / "config.json").read_text()) == RAW | {"dtype": "bfloat16"}
+    assert load_file(tmp_path / "coarse" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+NORM = "model.layers.1.self_attn.q_norm.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop(NORM), "1 tensors are missing, the first is 'layers.1.self_attn.q_norm.weight'"),
+        (lambda w: w.update({NORM: torch.ones(9)}), r"'model.layers.1.self_attn.q_norm.weight' has shape \(9,\), expected \(8,\)"),
+        (lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}), "'model.layers.2.self_attn.q_norm.weight' has no place in a qwen3 model"),
+        (lambda w: w.update({NORM.replace("weight", "bias"): torch.ones(8)}), "q_norm.bias' has no place"),
+        (lambda w: w.pop("lm_head.weight"), "the first is 'lm_head.weight'"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
+    save_model(filled(RAW), tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_bad_folders_and_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="none: no such model folder"):
         load_model(tmp_path / "none")
-    save_model(tiny, tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    for change, message in [
-        (dict(hidden_size=16), "has shape"),
-        (dict(num_hidden_layers=4), "missing"),
-        (dict(num_hidden_layers=2), "has no place"),
-        (dict(hidden_size=None), "no positive whole number for hidden_size"),
-        (dict(model_type="mamba"), "'mamba' is not supported"),
-        (dict(use_sliding_window=True), "use_sliding_window"),
-        (dict(rope_scaling={"rope_type": "yarn"}), "'yarn' is not supported"),
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        load_model(tmp_path)
+    save_model(filled(RAW), tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for broken in (b"no weights", weights[: len(weights) // 2], b""):
+        (tmp_path / "model.safetensors").write_bytes(broken)
+        with pytest.raises(ValueError, match="model.safetensors: not a safetensors file"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    names = shard(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for entry, message in [
+        ("../model.safetensors", "is no name of a safetensors file in the checkpoint folder"),
+        ("/etc/passwd", "is no name of a safetensors file in the checkpoint folder"),
+        ("..", "is no name of a safetensors file in the checkpoint folder"),
+        (7, "is no name of a safetensors file in the checkpoint folder"),
+        ("model-00009-of-00002.safetensors", "model-00009-of-00002.safetensors: no such weights file"),
     ]:
-        config.write_text(json.dumps(RAW | change))
+        index.write_text(json.dumps({"weight_map": names | {NORM: entry}}))
         with pytest.raises(ValueError, match=message):
-            load_model(tmp_path / "model")
-    config.write_text(json.dumps(RAW))
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        load_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
-        generate(tiny, [[1], []], max_new_tokens=4)
-    with pytest.raises(ValueError, match="the model's context 64"):
-        generate(tiny, [[1]], max_new_tokens=64)
+            load_model(tmp_path)
+    for text, message in [("{}", "no weight_map"), ("[1]", "expected a JSON object"), ("{", "not readable as JSON")]:
+        index.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_model(tmp_path)
 
+
+def test_saved_folders_carry_tokenizer_template_and_generation_config_unchanged(tmp_path):
+    source = tokenizer_folder(tmp_path / "source", eos_token_id=[2, 7])
+    save_model(filled(RAW), source.parent / "weights")
+    for name in ("model.safetensors", "config.json"):
+        (source / name).write_bytes((tmp_path / "weights" / name).read_bytes())
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}\n", newline="")
+    (source / "pytorch_model.bin").write_text("never loaded, never copied")
+    save_model(load_model(source), tmp_path / "copy")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "copy" / "pytorch_model.bin").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- tokenizer and chat
 
 TEMPLATE = (
     "{%- for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '</s>' }}\n{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<s>assistant:' }}{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
+# Written for this test, with what the templates of Qwen3 and Llama 3 use: macros, namespaces, loop controls, filters, methods of strings
+BUSY_TEMPLATE = """\
+{%- macro header(role) %}[{{ role | upper }}]{% endmacro %}
+{%- if tools is defined and tools %}{{ raise_exception("no tools here") }}{% endif %}
+{%- set found = namespace(last=-1) %}
+{%- for m in messages[::-1] %}
+    {%- if m.role == "user" and m.content is string and not m.content.startswith("<") %}
+        {%- set found.last = (messages | length - 1) - loop.index0 %}
+        {%- break %}
+    {%- endif %}
+{%- endfor %}
+{{- bos_token }}
+{% for m in messages %}
+    {% if m.role == "system" %}
+        {% continue %}
+    {% endif %}
+{{ header(m.role) }} {{ m.content.split("</think>")[-1].lstrip("\\n") | trim }}{{ " *" if loop.index0 == found.last else "" }}
+{% endfor %}
+{{- {"é": [1, none], "a": "<b>"} | tojson }}
+{%- if date is not defined %}{% set date = strftime_now("%Y")[:2] %}{% endif %}
+{{- date }}
+{%- if enable_thinking is defined and enable_thinking is false %}!{% endif %}"""
+BUSY_CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "first"},
+    {"role": "assistant", "content": "<think>hm</think>\n\nyes "},
+    {"role": "user", "content": "second\n"},
+    {"role": "user", "content": "<third>"},
+]
 
 
 def tokenizer_folder(path, template=TEMPLATE, **generation):
@@ -130,25 +303,73 @@ def tokenizer_folder(path, template=TEMPLATE, **generation):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(["user assistant"], trainer)
     path.mkdir(exist_ok=True)
     backend.save(str(path / "tokenizer.json"))
-    settings = {"eos_token": {"content": "</s>"}, "chat_template": template}
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     (path / "generation_config.json").write_text(json.dumps(generation))
     return path
 
 
 def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
-    tokenizer = Tokenizer(tokenizer_folder(tmp_path, eos_token_id=[2, 7], max_new_tokens=33))
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path, max_new_tokens=33))
     messages = [{"role": "user", "content": "Hé 漢?"}]
     assert tokenizer.render(messages) == "<s>user: Hé 漢?</s>\n<s>assistant:<think>\n"
     assert tokenizer.render(messages, thinking=False) == "<s>user: Hé 漢?</s>\n<s>assistant:"
     assert tokenizer.decode(tokenizer.chat(messages)) == "user: Hé 漢?\nassistant:<think>\n"
-    assert tokenizer.think_prefix() == "<think>" and tokenizer.think_prefix(thinking=False) == "" and tokenizer.stop_ids == (2, 7) and tokenizer.max_new_tokens == 33
+    assert tokenizer.think_prefix() == "<think>" and tokenizer.think_prefix(thinking=False) == "" and tokenizer.max_new_tokens == 33
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # a file of its own wins
     assert Tokenizer(tmp_path).render(messages) == "Hé 漢?" and Tokenizer(tmp_path).think_prefix() == ""
+
+
+def test_templates_may_use_what_real_ones_use(tmp_path):
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path, BUSY_TEMPLATE))
+    expected = '<s>\n[USER] first\n[ASSISTANT] yes\n[USER] second *\n[USER] <third>\n{"é": [1, null], "a": "<b>"}20'
+    assert tokenizer.render(BUSY_CHAT) == expected
+    assert tokenizer.render(BUSY_CHAT, thinking=False) == expected + "!"
+
+
+def real_templates():
+    """Chat templates of public models, where a library that carries them is installed."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.submodule_search_locations[0] if spec else "none", "chat_templates")
+    return [folder / f"{name}.jinja" for name in ("qwen3", "qwen3_instruct_2507", "llama3_1", "llama3_2")]
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("template", [BUSY_TEMPLATE, TEMPLATE, *real_templates()], ids=lambda t: getattr(t, "name", "ours"))
+def test_chat_is_that_of_transformers(template, thinking, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if isinstance(template, Path):
+        if not template.exists():
+            pytest.skip("no trl here, which carries the templates of public models")
+        template = template.read_text(encoding="utf-8")
+    tokenizer_folder(tmp_path, template)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for chat in (golden.CHAT, golden.CHAT[1:], BUSY_CHAT):
+        expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
+        assert Tokenizer(tmp_path).render(chat, thinking) == expected
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=thinking)
+        assert Tokenizer(tmp_path).chat(chat, thinking) == ids
+
+
+@pytest.mark.parametrize(
+    "generation, config, expected",
+    [
+        ({}, {}, (2, 3)),  # eos_token and the end of turn
+        (dict(eos_token_id=7), {}, (2, 3, 7)),
+        (dict(eos_token_id=[7, 9]), dict(eos_token_id=11), (2, 3, 7, 9, 11)),
+        (dict(eos_token_id=None), dict(eos_token_id=[2]), (2, 3)),
+    ],
+)
+def test_stop_ids_come_from_all_the_places_where_they_stand(generation, config, expected, tmp_path):
+    tokenizer_folder(tmp_path, **generation)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).stop_ids == expected
 
 
 @pytest.mark.parametrize(
@@ -156,6 +377,8 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
     [
         ("{{ raise_exception('no system') }}", "chat template failed: no system"),
         ("{{ ''.__class__.__mro__ }}", "chat template failed"),  # the sandbox holds
+        ("{{ messages.append(1) }}", "chat template failed"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "chat template failed"),
         ("{% if %}", "chat template failed"),
         ("{{ 1/0 }}", "chat template failed"),
         (None, "no chat template"),
@@ -165,5 +388,11 @@ def test_templates_that_fail_say_so(tmp_path, template, message):
     tokenizer = Tokenizer(tokenizer_folder(tmp_path, template))
     with pytest.raises(ValueError, match=message):
         tokenizer.chat([{"role": "user", "content": "x"}])
+
+
+def test_bad_tokenizer_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json: no such file"):
         Tokenizer(tmp_path / "none")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):
+        Tokenizer(tmp_path)
