@@ -404,7 +404,7 @@ def choose(log_probs: Tensor, uniform: Tensor, temperature: float, top_p: float,
     """One id per row by inverse CDF; log-softmax (B, V) in fp32, uniform (B,) in fp64 -> (B,). Temperature 0 is greedy."""
     if temperature == 0:
         return log_probs.argmax(dim=-1)
-    probs = log_probs.exp() if temperature == 1 else (log_probs / temperature).softmax(dim=-1)
+    probs = (log_probs / temperature).softmax(dim=-1)  # at temperature 1 the same as exp, in a faster kernel
     if top_k:
         probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.shape[-1])).values[:, -1:], 0.0)
     if top_p < 1:  # keep the smallest set of ids that reaches top_p
@@ -421,8 +421,9 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
     In two levels, over blocks of ids and then inside the block that was hit: cumulative sums must be in fp64, or rare tokens are
     rounded away, and one over the whole vocabulary would write an fp64 table of it at every step.
     """
-    if extra := -probs.shape[1] % block:
-        probs = F.pad(probs, (0, extra))
+    V = probs.shape[1]
+    if V % block:
+        probs = F.pad(probs, (0, -V % block))
     blocks = probs.unflatten(1, (-1, block))  # (B, V / block, block)
     sums = blocks.sum(dim=2).double()
     edges = sums.cumsum(dim=1)
@@ -430,13 +431,14 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
     hit = _first_above(edges, target)
     share = (target - (edges - sums).gather(1, hit)) / sums.gather(1, hit)  # of the block's mass, below the target
     inside = blocks.gather(1, hit[:, :, None].expand(-1, 1, block))[:, 0].double().cumsum(dim=1)  # (B, block)
-    return (hit * block + _first_above(inside, share.clamp(min=0) * inside[:, -1:]))[:, 0]
+    chosen = hit * block + _first_above(inside, share.clamp(min=0) * inside[:, -1:])
+    return chosen[:, 0].clamp(max=V - 1)
 
 
 def _first_above(edges: Tensor, target: Tensor) -> Tensor:
-    """Index of the first edge above the target, which rounding must not put at or behind the last edge."""
+    """Index of the first edge above the target, which rounding must not put at or behind the last edge; some index for NaN."""
     below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
-    return torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
+    return torch.searchsorted(edges, torch.minimum(target, below_last), right=True).clamp(max=edges.shape[1] - 1)
 
 
 @contextmanager
@@ -514,7 +516,7 @@ def generate(
     greedy. A completion's random numbers depend only on seed, prompt, place in the group and position, so equal prompts have equal
     groups and are computed once. At most `token_budget` tokens are held in caches at a time (one prompt's group at least):
     2 * layers * kv_heads * head_dim numbers each. ValueError: an empty prompt, an id outside the vocabulary, a prompt that
-    leaves no room for `max_new_tokens` in the model's context, settings out of range.
+    leaves no room for `max_new_tokens` in the model's context, settings out of range, logits that are not finite.
     """
     _check_request(model.config, prompts, group_size, max_new_tokens, temperature, top_p, top_k)
     groups: dict[tuple[int, ...], list[Completion]] = {}
@@ -569,6 +571,8 @@ def _sample(
             break
         logits = model.lm_head(model.hidden(chosen[:, None], context)[:, -1])
         context.length += 1
+    if not logprobs.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are broken, or training has diverged")
     done = [
         Completion(ids[:n], values[:n], end)
         for ids, values, n, end in zip(sampled.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())

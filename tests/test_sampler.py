@@ -264,3 +264,12 @@ def test_the_whole_context_can_be_used_and_nothing_gives_nothing(tiny):
     first = generate(tiny, [[1]], max_new_tokens=9)[0][0].tokens[0]
     stopped = generate(tiny, [[1]], max_new_tokens=9, stop_ids=(first,))[0][0]
     assert stopped.tokens == [first] and stopped.finished
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, dict(temperature=0), dict(top_p=0.5, top_k=3)])
+def test_broken_weights_say_so(tiny, value, settings):
+    with torch.no_grad():
+        tiny.layers[0].mlp.down_proj.weight[3, 3] = value
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(tiny, PROMPTS, 2, 4, **settings)
