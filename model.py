@@ -12,11 +12,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import jinja2
@@ -143,7 +143,7 @@ class Linear(nn.Module):
 
 def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
     """One x through several layers: a single product where their weights are packed, one below the other, in the first."""
-    if layers[0].packed is None:
+    if torch.compiler.is_compiling() or layers[0].packed is None:
         return [F.linear(x, layer.weight) for layer in layers]
     y = torch.ops.mkldnn._linear_pointwise(x, layers[0].packed, None, "none", [], "")
     return y.split([len(layer.weight) for layer in layers], dim=-1)
@@ -205,6 +205,7 @@ class Sequences:
         self.keys: dict[int, Tensor] = {}  # by layer: (B, kv_heads, T, head_dim)
         self.values: dict[int, Tensor] = {}
 
+    @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, T, head_dim), keys and values (B, kv_heads, T, head_dim) -> (B, heads, T, head_dim)."""
         self.keys[layer], self.values[layer] = k, v
@@ -259,6 +260,7 @@ class Decoding:
         """(P * K, G * n, m) -> (B * K, n, m)."""
         return x.view(len(x) * self.group_size, -1, x.shape[2]).index_select(0, self.seats)
 
+    @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, 1, head_dim), keys and values (B, K, 1, head_dim) -> (B, heads, 1, head_dim)."""
         B, K, _, D = k.shape
@@ -299,10 +301,13 @@ def _without_holes(done: Tensor) -> tuple[Tensor, Tensor]:
     return order, moved
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values of one layer -> what is attended to, see Sequences
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer, self.heads, self.kv_heads, self.head_dim = layer, config.num_heads, config.num_kv_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
@@ -310,11 +315,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Sequences | Decoding) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
-        out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, head_dim)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -331,15 +336,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Sequences | Decoding) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -350,7 +355,7 @@ class Transformer(nn.Module):
         self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along on saving
         self.frequencies = rotary_frequencies(config)  # no buffer: it stays in fp32 when the model is cast
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.tie()
@@ -364,8 +369,8 @@ class Transformer(nn.Module):
         """Last hidden states of `tokens` (B, T), placed and attended to as `context` says; -> (B, T, hidden_size)."""
         cos, sin = rotary_tables(context.positions, self.frequencies.to(tokens.device))
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, cos, sin, context)
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, partial(context.attend, layer))
         return self.norm(x)
 
     def forward(self, tokens: Tensor) -> Tensor:
