@@ -1,12 +1,14 @@
 """Speed and memory beside what one would use instead, both sides in one run: prints ratios, asserts nothing.
 
-    python tests/bench.py rollout [--model DIR] [--repeats 5] [--threads 2]
+    python tests/bench.py rollout|load [--model DIR] [--repeats 5] [--threads 2]
 
 `rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
-transformers (to be installed beside the project's requirements). Without --model the model is Qwen3-shaped with random
-weights: width 512, 8 layers, vocabulary 32000, 42M parameters. Sides take turns; times are medians.
+transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. Without --model the
+model is Qwen3-shaped with random weights: width 512, 8 layers, vocabulary 32000, 42M parameters. Sides take turns; times are
+medians; memory is the peak of a process of its own.
 """
 import argparse
+import ast
 import statistics
 import subprocess
 import sys
@@ -150,23 +152,54 @@ def rollout(folder: Path, repeats: int) -> None:
             f"  {label:10}  ours {new / mine:5.0f} new tokens/s ({mine:.2f} s)   transformers {new / other:5.0f} ({other:.2f} s)   "
             f"ratio {other / mine:.2f}   ours reaches {best / mine:.0%} of the machine's limit"
         )
-    for side in ("Ours", "Theirs"):
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.peak(bench.{side}, {str(folder)!r}, {torch.get_num_threads()})"
-        print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout, end="")
+    for side in (Ours, Theirs):
+        print(f"  peak memory {side.name}: {in_a_process('sample_peak', side, folder) / 2**20:.0f} MiB")
 
 
-def peak(side: type, folder: str, threads: int) -> None:
-    """Memory of one side in a process of its own."""
-    torch.set_num_threads(threads)
+def load(folder: Path, repeats: int) -> None:
+    for side in (Ours, Theirs):
+        runs = [in_a_process("load_peak", side, folder) for _ in range(repeats)]
+        took, over, weights = (statistics.median(column) for column in zip(*runs))
+        print(f"  {side.name:12} {took:.2f} s, peak {over / 2**20:.0f} MiB over the start = {over / weights:.2f} x the weights in fp32")
+
+
+# ---------------------------------------------------------------------------------------------------- in processes of their own
+
+
+def in_a_process(function: str, side: type, folder: Path):
+    """What `function(side, folder)` of this file returns in a new process."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; torch.set_num_threads({torch.get_num_threads()}); "
+    code += f"print(bench.{function}(bench.{side.__name__}, {str(folder)!r}))"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    return ast.literal_eval(lines[-1])
+
+
+def high_water() -> int:
+    """Bytes of memory that this process has held at most (ru_maxrss would inherit the parent's)."""
+    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def sample_peak(side: type, folder: str) -> int:
     prompts = np.random.default_rng(0).integers(0, 1000, (P, PROMPT)).tolist()
     side(Path(folder)).sample(prompts, np.full((P, G), NEW))
-    high = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # ru_maxrss would inherit the parent's
-    print(f"  peak memory {side.name}: {int(high.split()[1]) / 2**20:.2f} GiB")
+    return high_water()
+
+
+def load_peak(side: type, folder: str) -> tuple[float, int, int]:
+    """Seconds, bytes over the start, bytes of weights; a tiny model is loaded first, so that libraries do not count."""
+    with tempfile.TemporaryDirectory() as small:
+        tiny = RAW | dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+        ours.save_model(ours.Transformer(ours.ModelConfig.from_json(tiny)), small)
+        side(Path(small))
+    before, start = high_water(), time.perf_counter()
+    model = side(Path(folder)).model
+    return time.perf_counter() - start, high_water() - before, sum(p.nbytes for p in model.parameters())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout"])
+    parser.add_argument("what", choices=["rollout", "load"])
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: random weights, 42M parameters")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -180,7 +213,7 @@ def main() -> None:
         if args.model is None:
             args.model = Path(temporary) / "random-42M"
             write_random_model(args.model)
-        rollout(args.model, args.repeats)
+        {"rollout": rollout, "load": load}[args.what](args.model, args.repeats)
 
 
 if __name__ == "__main__":
