@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import Tokenizer, Transformer, generate, load_model
+from model import Tokenizer, Transformer, generate, load_model, waves
 from rewards import early_options
 from socialr1 import LETTERS, STAGES, Problem, build_messages, generate_problems, parse_response
 
@@ -201,17 +201,6 @@ def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") 
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 
-def batches(lengths: list[int], max_new_tokens: int, token_budget: int) -> list[list[int]]:
-    """Indices, longest prompts first, in batches of at most `token_budget` tokens (prompt and completion, padding included)."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * (lengths[groups[-1][0]] + max_new_tokens) <= token_budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
 def evaluate(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -232,16 +221,15 @@ def evaluate(
         raise ValueError("no problems to evaluate")
     max_new_tokens = max_new_tokens or tokenizer.max_new_tokens
     prompts = check_lengths(model, tokenizer, problems, max_new_tokens, thinking)
-    prefix, records = tokenizer.think_prefix(thinking), [{}] * len(problems)
-    with tqdm(total=len(problems), desc=label, unit="problem", disable=label is None, leave=False) as bar:
-        for batch in batches([len(prompt) for prompt in prompts], max_new_tokens, token_budget):
-            sampled = generate(
-                model, [prompts[i] for i in batch], 1, max_new_tokens, temperature, top_p, stop_ids=tokenizer.stop_ids, seed=seed
-            )
-            for i, (completion,) in zip(batch, sampled):
-                text = prefix + tokenizer.decode(completion.tokens)
-                records[i] = measure(problems[i], text, len(completion.tokens))
-            bar.update(len(batch))
+    answers: dict[tuple[int, ...], list[int]] = {}  # prompt -> sampled tokens
+    with tqdm(total=len(set(map(tuple, prompts))), desc=label, unit="prompt", disable=label is None, leave=False) as bar:
+        for wave in waves(prompts, 1, max_new_tokens, token_budget):
+            groups = generate(model, wave, 1, max_new_tokens, temperature, top_p, 0, tokenizer.stop_ids, seed, token_budget)
+            answers |= {prompt: completion.tokens for prompt, (completion,) in zip(wave, groups)}
+            bar.update(len(wave))
+    prefix = tokenizer.think_prefix(thinking)
+    tokens = [answers[tuple(prompt)] for prompt in prompts]
+    records = [measure(problem, prefix + tokenizer.decode(ids), len(ids)) for problem, ids in zip(problems, tokens)]
     return summarise(records)
 
 

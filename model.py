@@ -388,7 +388,7 @@ class Completion:
     finished: bool  # ended by a stop token, not by the length limit
 
 
-def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of ids -> tokens (B, T) and valid (B, T), padded with id 0 on `side`; nothing reads the mask back from the id."""
     width = max(map(len, rows), default=0)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
@@ -399,7 +399,7 @@ def pad(rows: list[list[int]], side: str, device: torch.device) -> tuple[Tensor,
     return tokens.to(device), valid.to(device)
 
 
-def uniforms(seed: int, prompt: list[int], place: int, count: int) -> np.ndarray:
+def uniforms(seed: int, prompt: Sequence[int], place: int, count: int) -> np.ndarray:
     """`count` numbers in [0, 1) that depend on seed, prompt and place in the group only; number t is for position t."""
     key = hashlib.blake2b(np.array([seed, place, *prompt], dtype=np.int64).tobytes(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
@@ -490,11 +490,11 @@ def _packing_works() -> bool:
         return False
 
 
-def waves(prompts: list[list[int]], group_size: int, max_new_tokens: int, token_budget: int) -> Iterator[list[list[int]]]:
-    """Prompts in order of length, as many at a time as keep padded prompts and full-length completions under the budget."""
-    wave: list[list[int]] = []
-    for prompt in sorted(prompts, key=len):
-        if wave and (len(wave) + 1) * (len(prompt) + group_size * max_new_tokens) > token_budget:
+def waves(prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, token_budget: int) -> Iterator[list[tuple[int, ...]]]:
+    """The distinct prompts, longest first, as many at a time (at least one) as keep padded prompts and full completions in the budget."""
+    wave: list[tuple[int, ...]] = []
+    for prompt in sorted(dict.fromkeys(map(tuple, prompts)), key=len, reverse=True):
+        if wave and (len(wave) + 1) * (len(wave[0]) + group_size * max_new_tokens) > token_budget:
             yield wave
             wave = []
         wave.append(prompt)
@@ -505,7 +505,7 @@ def waves(prompts: list[list[int]], group_size: int, max_new_tokens: int, token_
 @torch.inference_mode()
 def generate(
     model: Transformer,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     group_size: int = 1,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -526,14 +526,14 @@ def generate(
     _check_request(model.config, prompts, group_size, max_new_tokens, temperature, top_p, top_k)
     groups: dict[tuple[int, ...], list[Completion]] = {}
     with packed_weights(model):
-        for wave in waves(list(dict.fromkeys(map(tuple, prompts))), group_size, max_new_tokens, token_budget):
+        for wave in waves(prompts, group_size, max_new_tokens, token_budget):
             rolls = np.stack([uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in range(group_size)])
             groups |= zip(wave, _sample(model, wave, group_size, rolls, (temperature, top_p, top_k), stop_ids))
     return [copy.deepcopy(groups[tuple(prompt)]) for prompt in prompts]
 
 
 def _check_request(
-    config: ModelConfig, prompts: list[list[int]], group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int
+    config: ModelConfig, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int
 ) -> None:
     if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import batches, measure, read_benchmark, read_files, summarise, table
+from eval import measure, read_benchmark, read_files, summarise, table
 from socialr1 import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -115,13 +115,6 @@ def test_measures_by_hand():
     assert re.search(r"shortcut gap +0\.167\n", table({"before": summarise(records)}))
     only = summarise(records[:1])
     assert only["control"] is None and only["shortcut_gap"] is None
-
-
-def test_batches_stay_under_the_budget_and_lose_nothing():
-    lengths = [5, 50, 7, 30, 30, 200]
-    found = batches(lengths, max_new_tokens=10, token_budget=120)
-    assert sorted(i for batch in found for i in batch) == list(range(6))
-    assert found == [[5], [1, 3], [4, 2, 0]]  # 200 alone exceeds it; 2 x 60; 3 x 40
 
 
 def command(*arguments):

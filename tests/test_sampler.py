@@ -183,10 +183,10 @@ def test_waves_give_what_one_batch_gives(tiny, forwards):
 
 
 def test_waves_hold_as_many_prompts_as_the_budget_allows():
-    # widths 1, 2, 3, 4 with 2 x 3 new tokens each: two take 2 * (2 + 6) = 16, three would take 3 * (3 + 6) = 27
-    prompts = [(1, 2, 3, 4), (5,), (6, 7, 8), (9, 9)]
-    assert list(waves(prompts, 2, 3, token_budget=20)) == [[(5,), (9, 9)], [(6, 7, 8), (1, 2, 3, 4)]]
-    assert list(waves(prompts, 2, 3, token_budget=1)) == [[(5,)], [(9, 9)], [(6, 7, 8)], [(1, 2, 3, 4)]]  # one at least
+    # with 2 x 3 new tokens each, two of width 4 take 2 * (4 + 6) = 20, three of width 2 would take 3 * (2 + 6) = 24
+    prompts = [[5], [1, 2, 3, 4], [8], [6, 7, 8], [9, 9], [5]]
+    assert list(waves(prompts, 2, 3, token_budget=20)) == [[(1, 2, 3, 4), (6, 7, 8)], [(9, 9), (5,)], [(8,)]]
+    assert list(waves(prompts, 2, 3, token_budget=1)) == [[(1, 2, 3, 4)], [(6, 7, 8)], [(9, 9)], [(5,)], [(8,)]]
     assert list(waves([], 2, 3, token_budget=1)) == []
 
 
