@@ -5,7 +5,6 @@ normalises each query and key head before rotation), SwiGLU, no biases. Module n
 loading is a comparison of names and shapes and nothing else. Norms, rotation tables, softmax and log-probabilities are
 computed in fp32 whatever the dtype of the weights.
 """
-import copy
 import hashlib
 import json
 import math
@@ -24,7 +23,8 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,43 +35,45 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass needs from a checkpoint's config.json; `raw` is that file, written back unchanged on saving."""
+    """What the forward pass needs from a checkpoint's config.json."""
 
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
+    hidden_size: int  # of the residual stream
+    intermediate_size: int  # of the MLP
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    rope_scaling: dict | None
+    num_heads: int  # of queries
+    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads queries
+    head_dim: int  # not always hidden_size / num_heads
+    rope_theta: float  # base of the rotation's wavelengths
+    rope_scaling: dict | None  # llama3's settings, else None
     norm_eps: float
-    tied: bool
-    qk_norm: bool
+    tied: bool  # the head is the embedding
+    qk_norm: bool  # Qwen3: queries and keys are normalised per head
     max_positions: int
-    raw: dict
+    raw: dict  # the whole file; saving writes it back, with the dtype of the weights
 
     @staticmethod
     def from_json(raw: dict) -> "ModelConfig":
         """Read a Hugging Face config; what we cannot run exactly is refused by name (ValueError)."""
         kind = raw.get("model_type")
-        if kind not in _DEFAULTS:
+        if not isinstance(kind, str) or kind not in _DEFAULTS:
             raise ValueError(f"model_type {kind!r} is not supported: expected 'qwen3' or 'llama'")
         given = _DEFAULTS[kind] | raw
         rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"config has rope settings {rope!r}; expected an object")
-        rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor", 1))
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"config has rope settings {rope!r}; expected one object for all layers")
+        layers = given.get("layer_types") or []
+        rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
         refused = {
             "use_sliding_window": given.get("use_sliding_window"),
-            "layer_types": [layer for layer in given.get("layer_types") or [] if layer != "full_attention"],
+            "layer_types": [layer for layer in (layers if isinstance(layers, list) else [layers]) if layer != "full_attention"],
             "attention_bias": given.get("attention_bias"),
             "mlp_bias": given.get("mlp_bias"),
             "quantization_config": given.get("quantization_config"),
             "num_experts": given.get("num_experts") or given.get("num_local_experts"),
             "hidden_act": given["hidden_act"] != "silu" and given["hidden_act"],
             "partial_rotary_factor": rotated not in (1, None) and rotated,
+            "tie_word_embeddings": given["tie_word_embeddings"] not in (True, False) and given["tie_word_embeddings"],
         }
         for name, value in refused.items():
             if value:
@@ -80,13 +82,13 @@ class ModelConfig:
         heads = given.get("num_attention_heads")
         given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
         for name in _SIZES:
-            if type(given.get(name)) is not int or given[name] < 1:
+            if type(given.get(name)) is not int or not 0 < given[name] < 2**31:
                 raise ValueError(f"config has {name} = {given.get(name)!r}; expected a positive whole number")
         head_dim = given.get("head_dim") or given["hidden_size"] // heads
-        if type(head_dim) is not int or head_dim < 2 or head_dim % 2 or heads % given["num_key_value_heads"]:
+        if type(head_dim) is not int or not 2 <= head_dim < 2**31 or head_dim % 2 or heads % given["num_key_value_heads"]:
             raise ValueError(
-                f"config has {heads} heads of size {head_dim!r} for {given['num_key_value_heads']} key heads; expected an even size "
-                "and a multiple of the key heads"
+                f"config has {heads} heads of size {head_dim!r} for {given['num_key_value_heads']} key heads; "
+                "expected an even size and a multiple of the key heads"
             )
 
         rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -97,8 +99,14 @@ class ModelConfig:
         if rope_type == "llama3":
             numbers |= {name: rope.get(name) for name in _LLAMA3}
         for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < 1e30:
                 raise ValueError(f"config has {name} = {value!r}; expected a number above 0")
+        if rope_type == "llama3":
+            low, high, context = (rope[name] for name in _LLAMA3[1:])
+            if low >= high or given.get("original_max_position_embeddings", context) != context:
+                raise ValueError(
+                    f"config has rope settings {rope!r}; expected high_freq_factor above low_freq_factor, and one original context"
+                )
         return ModelConfig(
             vocab_size=given["vocab_size"],
             hidden_size=given["hidden_size"],
@@ -110,19 +118,21 @@ class ModelConfig:
             rope_theta=float(theta),
             rope_scaling=rope if rope_type == "llama3" else None,
             norm_eps=given["rms_norm_eps"],
-            tied=bool(given.get("tie_word_embeddings")),
+            tied=bool(given["tie_word_embeddings"]),
             qk_norm=kind == "qwen3",
             max_positions=given["max_position_embeddings"],
             raw=raw,
         )
 
 
-_COMMON = dict(hidden_act="silu", rope_theta=10000.0, rms_norm_eps=1e-6)
+_COMMON = dict(hidden_act="silu", rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False)
 _DEFAULTS = {  # by model_type: what transformers assumes where config.json is silent
     "qwen3": _COMMON | dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768),
     "llama": _COMMON | dict(max_position_embeddings=2048),
 }
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -155,6 +165,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x / rms(x) * weight over the last dimension; any shape (..., size)."""
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -235,8 +246,9 @@ class Decoding:
         self.place = torch.arange(group_size, device=device).repeat(P)  # (B,) and its place in the group
         self.prompt_lengths = prompts.valid.sum(dim=1)  # (P,)
         self.bias = torch.zeros(P, 1, L, device=device, dtype=dtype).masked_fill_(~prompts.valid[:, None], -math.inf)
-        self.prompt_keys = [k.transpose(2, 3).contiguous() for k in prompts.keys.values()]  # by layer: (P, K, head_dim, L)
-        self.prompt_values = [v.contiguous() for v in prompts.values.values()]  # (P, K, L, head_dim)
+        layers = range(len(prompts.keys))  # taken over one by one: the prompts' cache is never held twice
+        self.prompt_keys = [prompts.keys.pop(i).transpose(2, 3).contiguous() for i in layers]  # by layer: (P, K, head_dim, L)
+        self.prompt_values = [prompts.values.pop(i).contiguous() for i in layers]  # (P, K, L, head_dim)
         size = (P * group_size, self.kv_heads, room, head_dim)  # (B, K, room, head_dim)
         self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in self.prompt_keys]
         self.values = [torch.empty(size, device=device, dtype=dtype) for _ in self.prompt_keys]
@@ -286,8 +298,9 @@ class Decoding:
         prompts, owner = self.owner.unique(return_inverse=True)
         if len(prompts) < len(self.bias):
             self.owner, self.bias, self.prompt_lengths = owner, self.bias[prompts], self.prompt_lengths[prompts]
-            self.prompt_keys = [keys[prompts] for keys in self.prompt_keys]
-            self.prompt_values = [values[prompts] for values in self.prompt_values]
+            for caches in (self.prompt_keys, self.prompt_values):
+                for layer, cache in enumerate(caches):
+                    caches[layer] = cache[prompts]
         self._take_seats()
         return order
 
@@ -316,9 +329,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        B, T, _ = x.shape
+        B, T, _ = x.shape  # (B, T, hidden_size)
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, head_dim)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
@@ -367,7 +380,8 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, context: Sequences | Decoding) -> Tensor:
         """Last hidden states of `tokens` (B, T), placed and attended to as `context` says; -> (B, T, hidden_size)."""
-        cos, sin = rotary_tables(context.positions, self.frequencies.to(tokens.device))
+        self.frequencies = self.frequencies.to(tokens.device)  # once
+        cos, sin = rotary_tables(context.positions, self.frequencies)
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
             x = block(x, cos, sin, partial(context.attend, layer))
@@ -482,7 +496,8 @@ def _pack(weight: Tensor) -> Tensor:
 @lru_cache
 def _packing_works() -> bool:
     try:
-        x, layer = torch.linspace(-1, 1, 3 * 64).view(3, 64), Linear(64, 128)
+        with torch.random.fork_rng(devices=[]):  # a caller's random numbers stay the same
+            x, layer = torch.randn(3, 64), Linear(64, 128)
         plain = layer(x)
         layer.packed = _pack(layer.weight)
         return torch.allclose(layer(x), plain, atol=1e-5)
@@ -490,8 +505,10 @@ def _packing_works() -> bool:
         return False
 
 
-def waves(prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, token_budget: int) -> Iterator[list[tuple[int, ...]]]:
-    """The distinct prompts, longest first, as many at a time (at least one) as keep padded prompts and full completions in the budget."""
+def waves(
+    prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, token_budget: int
+) -> Iterator[list[tuple[int, ...]]]:
+    """The distinct prompts, longest first; at a time as many as keep padded prompts and full completions in the budget, at least one."""
     wave: list[tuple[int, ...]] = []
     for prompt in sorted(dict.fromkeys(map(tuple, prompts)), key=len, reverse=True):
         if wave and (len(wave) + 1) * (len(wave[0]) + group_size * max_new_tokens) > token_budget:
@@ -523,28 +540,37 @@ def generate(
     2 * layers * kv_heads * head_dim numbers each. ValueError: an empty prompt, an id outside the vocabulary, a prompt that
     leaves no room for `max_new_tokens` in the model's context, settings out of range, logits that are not finite.
     """
-    _check_request(model.config, prompts, group_size, max_new_tokens, temperature, top_p, top_k)
+    _check_settings(group_size, max_new_tokens, temperature, top_p, top_k, seed)
+    _check_prompts(model.config, prompts, max_new_tokens)
     groups: dict[tuple[int, ...], list[Completion]] = {}
     with packed_weights(model):
         for wave in waves(prompts, group_size, max_new_tokens, token_budget):
             rolls = np.stack([uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in range(group_size)])
             groups |= zip(wave, _sample(model, wave, group_size, rolls, (temperature, top_p, top_k), stop_ids))
-    return [copy.deepcopy(groups[tuple(prompt)]) for prompt in prompts]
+    return [[Completion(c.tokens[:], c.logprobs[:], c.finished) for c in groups[tuple(prompt)]] for prompt in prompts]
 
 
-def _check_request(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int
-) -> None:
-    if group_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"cannot sample with group_size={group_size}, max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, "
-            f"top_k={top_k}: expected at least 1, at least 1, at least 0, above 0 and at most 1, at least 0"
-        )
+def _check_settings(group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
+    for name, value, fits, expected in (
+        ("group_size", group_size, group_size >= 1, "at least 1"),
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0 (greedy), or a number from 1e-6 up"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
+        ("top_k", top_k, top_k >= 0, "at least 0 (off)"),
+        ("seed", seed, abs(seed) < 2**63, "a number of 64 bits"),
+    ):
+        if not fits:
+            raise ValueError(f"cannot sample with {name} = {value!r}; expected {expected}")
+
+
+def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty, there is no last token to continue: give every prompt at least one token")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the vocabulary {config.vocab_size}: is it the model's tokenizer?")
+            raise ValueError(
+                f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the vocabulary {config.vocab_size}: is it the model's tokenizer?"
+            )
         if len(prompt) + max_new_tokens > config.max_positions:
             raise ValueError(
                 f"prompt {i} with max_new_tokens takes {len(prompt)} + {max_new_tokens} positions, the model's context {config.max_positions}: "
@@ -553,7 +579,12 @@ def _check_request(
 
 
 def _sample(
-    model: Transformer, prompts: list[tuple[int, ...]], group_size: int, rolls: np.ndarray, settings: tuple[float, float, int], stop_ids: tuple[int, ...]
+    model: Transformer,
+    prompts: list[tuple[int, ...]],
+    group_size: int,
+    rolls: np.ndarray,
+    settings: tuple[float, float, int],
+    stop_ids: tuple[int, ...],
 ) -> list[list[Completion]]:
     """One wave. rolls (B, N): the random number of each position of each completion; N is the length limit."""
     device = model.embed_tokens.weight.device
@@ -596,13 +627,16 @@ def _prefill(model: Transformer, prompts: list[tuple[int, ...]], group_size: int
 def completion_logprobs(
     model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given completions; P prompts, P lists of G token lists -> (B, T) and mask (B, T), B = P * G.
+    """Log-probabilities of given completions; P prompts, a list of completions for each -> (B, T) and mask (B, T), B rows in all.
 
-    Differentiable. Each prompt goes through the network once and its cache is shared by its group, as in `generate`.
+    Differentiable; 0 where the mask is False. Each prompt goes through the network once and its cache is shared by its
+    completions, as in `generate`; logits are computed at real positions only. ValueError: an empty prompt, or not a list for each.
     """
+    if len(prompts) != len(completions) or not all(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(completions)} lists of completions; expected one for each, and no empty prompt")
     device = model.embed_tokens.weight.device
     rows = [completion for group in completions for completion in group]
-    owner = torch.tensor([p for p, group in enumerate(completions) for _ in group], device=device)  # (B,)
+    owner = torch.tensor([p for p, group in enumerate(completions) for _ in group], dtype=torch.long, device=device)  # (B,)
     tokens, valid = pad(prompts, "left", device)
     targets, mask = pad(rows, "right", device)  # (B, T)
     prefill = Sequences(valid)
@@ -610,20 +644,28 @@ def completion_logprobs(
     inputs = targets[:, :-1]
     if inputs.shape[1]:
         hidden = torch.cat((hidden, model.hidden(inputs, Sequences(mask[:, :-1], prefill, owner))), dim=1)  # (B, T, d)
-    logprobs = model.lm_head(hidden[:, : targets.shape[1]]).float().log_softmax(dim=-1)  # (B, T, V)
-    return logprobs.gather(2, targets[:, :, None])[:, :, 0], mask
+    logits = model.lm_head(hidden[:, : targets.shape[1]][mask]).float()  # (N, V), N = mask.sum()
+    logprobs = -F.cross_entropy(logits, targets[mask], reduction="none")
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as UTF-8 text: {error}") from None
+
+
 def read_json(path: Path) -> dict:
     """One JSON object from a file; ValueError says which file and why."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -632,7 +674,7 @@ def read_json(path: Path) -> dict:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    if (folder / "model.safetensors").exists() or not index.exists():  # one file goes before an index, as in transformers
         return [folder / "model.safetensors"]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
@@ -655,47 +697,70 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     config = ModelConfig.from_json(read_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = dict(model.named_parameters())
-    places: dict[str, tuple[Path, str]] = {}  # of each parameter: its file and its name there
-    for file in _weight_files(folder):
-        with _open_weights(file) as weights:
-            for key in weights.keys():
-                name = key.removeprefix("model.")
-                if name == "lm_head.weight" and config.tied or name.endswith("rotary_emb.inv_freq"):
-                    continue  # the embedding is the head; older checkpoints store rotation tables
-                if name not in wanted:
-                    raise ValueError(f"{file}: tensor {key!r} has no place in a {config.raw['model_type']} model of this config")
-                shape, expected = tuple(weights.get_slice(key).get_shape()), tuple(wanted[name].shape)
-                if shape != expected:
-                    raise ValueError(f"{file}: {key!r} has shape {shape}, expected {expected}")
-                places[name] = file, key
-    if missing := sorted(wanted.keys() - places.keys()):
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    places = _find_tensors(folder, dict(model.named_parameters(remove_duplicate=False)), config)
+    if config.tied and (stored := places.pop("lm_head.weight", None)):
+        if not torch.equal(_read_tensor(*stored, device), _read_tensor(*places["embed_tokens.weight"], device)):
+            raise ValueError(f"{stored[0]}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings")
 
-    loaded: dict[str, Tensor] = {}
-    for name in sorted(wanted, key=lambda name: -wanted[name].numel()):
-        file, key = places[name]
-        with _open_weights(file, device) as weights:  # anew for each tensor: an open file's pages stay in memory
-            loaded[name] = weights.get_tensor(key).to(dtype, copy=True)
+    parameters = dict(model.named_parameters())
+    largest_first = sorted(parameters, key=lambda name: -parameters[name].numel())
+    loaded = {name: _read_tensor(*places[name], device).to(dtype, copy=True) for name in largest_first}
     model.load_state_dict(loaded, strict=False, assign=True)  # strict would ask for a tied head
     model.tie()
-    model.source = folder
+    model.source = folder.resolve()
     return model.requires_grad_(True).eval()
 
 
+def _find_tensors(folder: Path, wanted: dict[str, nn.Parameter], config: ModelConfig) -> dict[str, tuple[Path, str]]:
+    """Where each parameter is: its file and its name there. Reads headers only; ValueError names what does not fit."""
+    places: dict[str, tuple[Path, str]] = {}
+    for file in _weight_files(folder):
+        with _open_weights(file) as weights:
+            for key in weights.keys():
+                name, header = key.removeprefix("model."), weights.get_slice(key)
+                if name.endswith("rotary_emb.inv_freq"):
+                    continue  # older checkpoints store rotation tables
+                if name not in wanted:
+                    raise ValueError(f"{file}: tensor {key!r} has no place in a {config.raw['model_type']} model of this config")
+                if name in places:
+                    raise ValueError(f"{file}: tensor {key!r} is there twice, also in {places[name][0].name}")
+                shape, expected = tuple(header.get_shape()), tuple(wanted[name].shape)
+                if shape != expected:
+                    raise ValueError(f"{file}: {key!r} has shape {shape}, expected {expected}")
+                if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{file}: {key!r} is stored as {header.get_dtype()}, expected F32, F16 or BF16: is the model quantised?")
+                places[name] = file, key
+    missing = wanted.keys() - places.keys() - ({"lm_head.weight"} if config.tied else set())
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)!r}")
+    return places
+
+
 def _open_weights(file: Path, device: str = "cpu") -> safe_open:
-    if not file.exists():
-        raise ValueError(f"{file}: no such weights file")
     try:
         return safe_open(file, framework="pt", device=str(device))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such weights file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a safetensors file: {error}") from None
 
 
+def _read_tensor(file: Path, key: str, device: str) -> Tensor:
+    with _open_weights(file, device) as weights:  # anew for each tensor: an open file's pages stay in memory
+        return weights.get_tensor(key)
+
+
 def refuse_other_folders(target: Path) -> None:
-    """ValueError when `target` exists and is neither empty nor a checkpoint: saving there would delete it."""
-    if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is no checkpoint folder: saving there would delete it; choose another name")
+    """ValueError when `target` holds anything but a checkpoint, or is the working directory: saving there would delete it."""
+    if not target.exists():
+        return
+    content = list(target.iterdir()) if target.is_dir() else [target]
+    try:
+        checkpoint = "model_type" in read_json(target / "config.json") and any(path.suffix == ".safetensors" for path in content)
+    except ValueError:
+        checkpoint = False
+    if content and not checkpoint or any(path.is_dir() for path in content) or target.resolve() == Path.cwd():
+        raise ValueError(f"{target} is no checkpoint folder: saving there would delete it; choose another name")
 
 
 def save_model(model: Transformer, path: str | Path) -> None:
@@ -703,14 +768,15 @@ def save_model(model: Transformer, path: str | Path) -> None:
 
     Replaces an older checkpoint, never another folder (ValueError).
     """
-    target = Path(path)
+    target = Path(path).resolve()
     refuse_other_folders(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    replaced = temporary.with_name(f"{temporary.name}-old")
     try:
-        for extra in sorted(model.source.iterdir()) if model.source else []:  # tokenizer, chat template, generation config
-            if extra.suffix in (".json", ".jinja", ".txt", ".model") and not extra.name.endswith(".index.json"):
-                shutil.copyfile(extra, temporary / extra.name)
+        for name in _CARRIED if model.source else ():
+            if (model.source / name).is_file():
+                shutil.copyfile(model.source / name, temporary / name)
         state = {
             name if name == "lm_head.weight" else f"model.{name}": p.detach().contiguous().cpu()
             for name, p in model.named_parameters()
@@ -721,16 +787,20 @@ def save_model(model: Transformer, path: str | Path) -> None:
         raw.pop("torch_dtype", None)
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         os.chmod(temporary, 0o755)
-        replaced = None
         if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.rename(target, replaced / target.name)
+            os.rename(target, replaced)
         os.rename(temporary, target)
-        if replaced:
-            shutil.rmtree(replaced)
-    except BaseException:
+    finally:
+        if replaced.exists() and not target.exists():  # interrupted between the two
+            os.rename(replaced, target)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+_CARRIED = (  # goes along unchanged on saving
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer and chat
@@ -745,30 +815,52 @@ class Tokenizer:
             raise ValueError(f"{folder / 'tokenizer.json'}: no such file; expected the tokenizer of a Hugging Face checkpoint folder")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises a bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises a bare Exception, or a panic, which is not even that
             raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer file: {error}") from None
         self.backend.no_truncation()
         self.backend.no_padding()
-        options = {n: read_json(folder / n) if (folder / n).exists() else {} for n in _TOKEN_FILES}
-        settings = options["tokenizer_config.json"]
-        self.tokens = {  # bos_token and the like, which templates may use; older files store them as objects
-            key: value.get("content", "") if isinstance(value, dict) else value
-            for key, value in settings.items()
-            if key.endswith("_token") and isinstance(value, (str, dict))
+        options = {name: read_json(folder / name) if (folder / name).exists() else {} for name in _TOKEN_FILES}
+        settings = options["special_tokens_map.json"] | options["tokenizer_config.json"]
+        self.special_tokens = {  # bos_token and the like, which templates may use; older files store them as objects
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in settings.items()
+            if name.endswith("_token") and (isinstance(value, str) or isinstance(value, dict) and isinstance(value.get("content"), str))
         }
-        template = folder / "chat_template.jinja"
-        self.template = template.read_text(encoding="utf-8") if template.exists() else settings.get("chat_template")
-        if isinstance(self.template, list):  # several named ones
-            self.template = next((t["template"] for t in self.template if t.get("name") == "default"), None)
-        stops = {self.backend.token_to_id(token) for token in (self.tokens.get("eos_token"), *_END_OF_TURN) if token}
-        for name in ("generation_config.json", "config.json"):
-            ids = options[name].get("eos_token_id")
-            stops.update(ids if isinstance(ids, list) else [ids])
-        self.stop_ids = tuple(sorted(i for i in stops if isinstance(i, int)))
-        self.max_new_tokens: int = options["generation_config.json"].get("max_new_tokens") or 1024
+        self.template = self._find_template(folder, settings)
+        self.stop_ids = tuple(sorted(self._find_stops(folder, options)))
+        self.max_new_tokens = options["generation_config.json"].get("max_new_tokens") or 1024
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ValueError(f"{folder / 'generation_config.json'}: max_new_tokens is {self.max_new_tokens!r}; expected a whole number above 0")
+
+    @staticmethod
+    def _find_template(folder: Path, settings: dict) -> str | None:
+        if (folder / "chat_template.jinja").exists():
+            return _read_text(folder / "chat_template.jinja")
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several named ones
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if template is not None and not isinstance(template, str):
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is {type(template).__name__}; expected text")
+        return template
+
+    def _find_stops(self, folder: Path, options: dict[str, dict]) -> set[int]:
+        """The ids of eos_token, of the usual ends of a turn, and of eos_token_id in both configs."""
+        names = (self.special_tokens.get("eos_token"), *_END_OF_TURN)
+        stops = {i for name in names if name and (i := self.backend.token_to_id(name)) is not None}
+        for file in ("generation_config.json", "config.json"):
+            given = options[file].get("eos_token_id")
+            ids = given if isinstance(given, list) else [] if given is None else [given]
+            if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+                raise ValueError(f"{folder / file}: eos_token_id is {given!r}; expected a token id or a list of them")
+            stops.update(ids)
+        return stops
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added."""
+        """Ids of a text, nothing added. ValueError: half of a surrogate pair, which no file in UTF-8 can hold."""
+        text.encode("utf-8")  # the library's own error is a TypeError about something else
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -777,21 +869,22 @@ class Tokenizer:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
-        if not self.template:
-            raise ValueError("the checkpoint has no chat template: expected chat_template.jinja, or one in tokenizer_config.json")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
+        environment.filters["tojson"] = _tojson
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         return environment.from_string(self.template)
 
     def render(self, messages: list[dict[str, str]], thinking: bool = True) -> str:
         """The chat as text, by the checkpoint's own template, ending with the generation prompt."""
+        if not self.template:
+            raise ValueError("the checkpoint has no chat template: expected chat_template.jinja, or one in tokenizer_config.json")
+        variables = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True, enable_thinking=thinking)
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=True, enable_thinking=thinking, **self.tokens)
-        except ValueError:
-            raise
+            return self._compiled.render(self.special_tokens | variables)
         except Exception as error:  # a template is a program: it can fail in any way
-            raise ValueError(f"the checkpoint's chat template failed: {error}") from None
+            raise ValueError(f"the checkpoint's chat template failed: {' '.join(str(error).split())}") from None
 
     def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:
         """Ids of a chat, generation prompt included."""
@@ -802,9 +895,23 @@ class Tokenizer:
         return "<think>" if self.render([{"role": "user", "content": "?"}], thinking).rstrip().endswith("<think>") else ""
 
 
-_TOKEN_FILES = ("tokenizer_config.json", "generation_config.json", "config.json")
+_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:  # as templates call it
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:
     raise TemplateError(message)
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks text that trainers of other libraries learn; it renders as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)

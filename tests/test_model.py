@@ -109,6 +109,14 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
     [
         (dict(model_type="qwen3_moe"), "'qwen3_moe' is not supported"),
         (dict(model_type=None), "None is not supported"),
+        (dict(model_type=["qwen3"]), "is not supported"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
+        (dict(layer_types="sliding_attention"), "layer_types = .'sliding_attention'."),
+        (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "expected one object for all layers"),
+        (dict(rope_parameters={"rope_theta": 10**400}), "rope_theta = 10{400}; expected a number"),
+        (dict(vocab_size=10**30), "vocab_size = 10{30}; expected"),
+        (dict(rope_scaling=golden.LLAMA3 | dict(low_freq_factor=4.0)), "expected high_freq_factor above low_freq_factor"),
+        (dict(rope_scaling=golden.LLAMA3, original_max_position_embeddings=9), "and one original context"),
         (dict(use_sliding_window=True), "use_sliding_window = True"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = .'sliding_attention'."),
         (dict(attention_bias=True), "attention_bias = True"),
@@ -181,10 +189,16 @@ def test_tied_heads_may_be_stored_or_not_and_stay_tied(tmp_path):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as older checkpoints have it
 
+    def change(weights):
+        weights["lm_head.weight"][3, 3] += 1
+
     change_weights(tmp_path, add)
     loaded = load_model(tmp_path)
     assert torch.equal(loaded(tokens), model(tokens)) and loaded.lm_head.weight is loaded.embed_tokens.weight
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+    change_weights(tmp_path, change)
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"):
+        load_model(tmp_path)
 
 
 def test_weights_load_into_the_wanted_dtype(tmp_path):
@@ -209,6 +223,9 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
         (lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}), "'model.layers.2.self_attn.q_norm.weight' has no place in a qwen3 model"),
         (lambda w: w.update({NORM.replace("weight", "bias"): torch.ones(8)}), "q_norm.bias' has no place"),
         (lambda w: w.pop("lm_head.weight"), "the first is 'lm_head.weight'"),
+        (lambda w: w.update({NORM: torch.ones(8, dtype=torch.int8)}), "q_norm.weight' is stored as I8, expected F32, F16 or BF16"),
+        (lambda w: w.update({NORM: torch.ones(8).to(torch.float8_e4m3fn)}), "is stored as F8_E4M3, expected"),
+        (lambda w: w.update({NORM.removeprefix("model."): torch.ones(8)}), "is there twice, also in model.safetensors"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
@@ -230,6 +247,8 @@ def test_bad_folders_and_files_are_named(tmp_path):
         with pytest.raises(ValueError, match="model.safetensors: not a safetensors file"):
             load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "model.safetensors.index.json").write_text("never read: one file goes before an index")
+    load_model(tmp_path)
     names = shard(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     for entry, message in [
@@ -237,15 +256,63 @@ def test_bad_folders_and_files_are_named(tmp_path):
         ("/etc/passwd", "is no name of a safetensors file in the checkpoint folder"),
         ("..", "is no name of a safetensors file in the checkpoint folder"),
         (7, "is no name of a safetensors file in the checkpoint folder"),
+        ("x" * 300 + ".safetensors", "xxx.safetensors: no such weights file"),
         ("model-00009-of-00002.safetensors", "model-00009-of-00002.safetensors: no such weights file"),
     ]:
         index.write_text(json.dumps({"weight_map": names | {NORM: entry}}))
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
-    for text, message in [("{}", "no weight_map"), ("[1]", "expected a JSON object"), ("{", "not readable as JSON")]:
+    index.write_text(json.dumps({"weight_map": names}))
+    (tmp_path / names[NORM]).write_bytes((tmp_path / "model-00001-of-00002.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors: tensor .* is there twice, also in model-00001-of-00002.safetensors"):
+        load_model(tmp_path)
+    for text, message in [
+        ("{}", "no weight_map"),
+        ("[1]", "expected a JSON object"),
+        ("{", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+    ]:
         index.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
+
+
+def test_saving_replaces_checkpoints_and_nothing_else(tmp_path, monkeypatch):
+    model = filled(RAW)
+    for name, content in (("project", '{"name": "mine"}'), ("folders", '{"model_type": "qwen3"}')):
+        (tmp_path / name / "src").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(content)
+        (tmp_path / name / "a.safetensors").write_text("")
+    (tmp_path / "file").write_text("text")
+    save_model(model, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in ("../project", "../folders", "../file", ".", "../here"):
+        with pytest.raises(ValueError, match="is no checkpoint folder: saving there would delete it"):
+            save_model(model, target)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("here")
+    save_model(model, "link")  # writes where it points to
+    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["file", "folders", "here", "link", "project"]
+
+
+def test_interrupted_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    model = filled(RAW)
+    save_model(model, tmp_path / "model")
+    before, rename, calls = (tmp_path / "model" / "model.safetensors").read_bytes(), os.rename, []
+
+    def interrupted(source, target):
+        calls.append(source)
+        if len(calls) == 2:  # the old one is away, the new one not yet there
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(model, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_saved_folders_carry_tokenizer_template_and_generation_config_unchanged(tmp_path):
@@ -254,11 +321,13 @@ def test_saved_folders_carry_tokenizer_template_and_generation_config_unchanged(
     for name in ("model.safetensors", "config.json"):
         (source / name).write_bytes((tmp_path / "weights" / name).read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}\n", newline="")
-    (source / "pytorch_model.bin").write_text("never loaded, never copied")
+    for name in ("pytorch_model.bin", "state.json"):
+        (source / name).write_text("never loaded, never copied")
     save_model(load_model(source), tmp_path / "copy")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+    carried = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted([*carried, "config.json", "model.safetensors"])
+    for name in carried:
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
-    assert not (tmp_path / "copy" / "pytorch_model.bin").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- tokenizer and chat
@@ -285,7 +354,8 @@ BUSY_TEMPLATE = """\
     {% endif %}
 {{ header(m.role) }} {{ m.content.split("</think>")[-1].lstrip("\\n") | trim }}{{ " *" if loop.index0 == found.last else "" }}
 {% endfor %}
-{{- {"é": [1, none], "a": "<b>"} | tojson }}
+{%- generation %}{{- {"é": [1, none], "a": "<b>"} | tojson }}{% endgeneration %}
+{{- ["é"] | tojson(true) }}{{ {"b": 1, "a": tools} | tojson(sort_keys=true, indent=1) }}{{ documents is defined }}
 {%- if date is not defined %}{% set date = strftime_now("%Y")[:2] %}{% endif %}
 {{- date }}
 {%- if enable_thinking is defined and enable_thinking is false %}!{% endif %}"""
@@ -326,7 +396,7 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
 
 def test_templates_may_use_what_real_ones_use(tmp_path):
     tokenizer = Tokenizer(tokenizer_folder(tmp_path, BUSY_TEMPLATE))
-    expected = '<s>\n[USER] first\n[ASSISTANT] yes\n[USER] second *\n[USER] <third>\n{"é": [1, null], "a": "<b>"}20'
+    expected = '<s>\n[USER] first\n[ASSISTANT] yes\n[USER] second *\n[USER] <third>\n{"é": [1, null], "a": "<b>"}["\\u00e9"]{\n "a": null,\n "b": 1\n}True20'
     assert tokenizer.render(BUSY_CHAT) == expected
     assert tokenizer.render(BUSY_CHAT, thinking=False) == expected + "!"
 
@@ -390,9 +460,67 @@ def test_templates_that_fail_say_so(tmp_path, template, message):
         tokenizer.chat([{"role": "user", "content": "x"}])
 
 
+def test_failures_of_templates_take_one_line(tmp_path):
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path, "{{ raise_exception('two\\nlines') }}"))
+    with pytest.raises(ValueError, match="chat template failed: two lines"):
+        tokenizer.chat([])
+
+
+def test_older_folders_keep_special_tokens_in_a_file_of_their_own(tmp_path):
+    tokenizer_folder(tmp_path, "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<old>", "unk_token": {"content": "<pad>"}}))
+    assert Tokenizer(tmp_path).render([]) == "<s>|</s>|<pad>"  # tokenizer_config.json goes first
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<pad>"}))
+    assert Tokenizer(tmp_path).stop_ids == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("generation_config.json", {"eos_token_id": [[2]]}, r"generation_config.json: eos_token_id is \[\[2\]\]; expected a token id or a list"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is '2'; expected"),
+        ("config.json", {"eos_token_id": True}, "config.json: eos_token_id is True; expected"),
+        ("config.json", {"eos_token_id": -1}, "eos_token_id is -1; expected"),
+        ("generation_config.json", {"max_new_tokens": "33"}, "max_new_tokens is '33'; expected a whole number above 0"),
+        ("generation_config.json", {"max_new_tokens": -5}, "max_new_tokens is -5; expected"),
+        ("tokenizer_config.json", {"chat_template": 7}, "chat_template is int; expected text"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 7}]}, "chat_template is int; expected text"),
+        ("tokenizer_config.json", [], "tokenizer_config.json: expected a JSON object, got list"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(file, content, message, tmp_path):
+    tokenizer_folder(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(tmp_path)
+
+
+def test_settings_that_mean_nothing_are_passed_over(tmp_path):
+    tokenizer_folder(tmp_path)
+    odd = {"bos_token": None, "pad_token": {"content": 5}, "eos_token": {}, "chat_template": ["x", {"name": "rag", "template": "y"}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.special_tokens == {} and tokenizer.template is None and tokenizer.stop_ids == (3,)
+
+
+def test_texts_that_no_tokenizer_can_take_say_so(tmp_path):
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path))
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        tokenizer.encode("half a pair: \ud83d")
+
+
 def test_bad_tokenizer_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json: no such file"):
         Tokenizer(tmp_path / "none")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):
+        Tokenizer(tmp_path)
+    tokenizer_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="chat_template.jinja: not readable as UTF-8 text"):
+        Tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.jinja").mkdir()
+    with pytest.raises(ValueError, match="chat_template.jinja: not readable as UTF-8 text"):
         Tokenizer(tmp_path)

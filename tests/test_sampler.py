@@ -92,6 +92,21 @@ def test_log_probabilities_are_of_the_raw_logits_whatever_the_settings(tiny):
         assert completion.logprobs == pytest.approx(plain_logprobs(tiny, PROMPTS[0], completion.tokens).tolist(), abs=2e-5)
 
 
+def test_groups_may_differ_in_size_and_padding_is_zero(tiny):
+    prompts, groups = PROMPTS, [[[3, 4], [9]], [], [[8, 8, 8], [], [1, 2]]]
+    logprobs, mask = completion_logprobs(tiny, prompts, groups)
+    owners = [0, 0, 2, 2, 2]
+    assert mask.sum(dim=1).tolist() == [2, 1, 3, 0, 2] and (logprobs[~mask] == 0).all()
+    for row, keep, p, completion in zip(logprobs, mask, owners, sum(groups, [])):
+        if completion:
+            torch.testing.assert_close(row[keep], plain_logprobs(tiny, prompts[p], completion), atol=1e-5, rtol=1e-5)
+    nothing, mask = completion_logprobs(tiny, PROMPTS, [[], [], []])
+    assert nothing.shape == mask.shape == (0, 0)
+    for prompts, groups in (([[]], [[[1]]]), ([[1]], [])):
+        with pytest.raises(ValueError, match="expected one for each, and no empty prompt"):
+            completion_logprobs(tiny, prompts, groups)
+
+
 def test_gradients_through_the_shared_prompt_are_those_of_the_plain_forward(tiny):
     rows = [[[3, 4], [8, 1, 6]], [[2], [9, 9]]]
     logprobs, mask = completion_logprobs(tiny, PROMPTS[:2], rows)
@@ -128,6 +143,13 @@ def test_packed_weights_multiply_as_plain_ones_do(tiny, monkeypatch):
     assert not any(getattr(layer, "packed", None) is not None for layer in tiny.modules())  # weights may change now
     monkeypatch.setattr(module, "_packing_works", lambda: False)
     assert tokens_of(generate(tiny, PROMPTS, 3, 9, stop_ids=STOPS)) == sampled
+
+
+def test_sampling_leaves_torchs_random_numbers_alone(tiny):
+    module._packing_works.cache_clear()
+    before = torch.random.get_rng_state()
+    generate(tiny, PROMPTS, 2, 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_weights_are_packed_anew_after_an_update(tiny):
@@ -244,12 +266,14 @@ def test_draws_at_the_ends_never_take_an_id_without_probability():
         ([[1, 61]], {}, "ids from 1 to 61, the vocabulary 61"),
         ([[-1]], {}, "ids from -1 to -1"),
         ([[1]], dict(max_new_tokens=64), r"takes 1 \+ 64 positions, the model's context 64"),
-        ([[1]], dict(group_size=0), "group_size=0"),
-        ([[1]], dict(max_new_tokens=0), "max_new_tokens=0"),
-        ([[1]], dict(temperature=-1.0), "temperature=-1.0"),
-        ([[1]], dict(temperature=float("nan")), "temperature=nan"),
-        ([[1]], dict(top_p=0.0), "top_p=0.0"),
-        ([[1]], dict(top_k=-1), "top_k=-1"),
+        ([[1]], dict(group_size=0), "group_size = 0; expected"),
+        ([[1]], dict(max_new_tokens=0), "max_new_tokens = 0; expected"),
+        ([[1]], dict(temperature=-1.0), "temperature = -1.0; expected"),
+        ([[1]], dict(temperature=float("nan")), "temperature = nan; expected"),
+        ([[1]], dict(temperature=1e-30), "temperature = 1e-30; expected 0 .greedy., or"),
+        ([[1]], dict(seed=2**63), "seed = 9223372036854775808; expected"),
+        ([[1]], dict(top_p=0.0), "top_p = 0.0; expected"),
+        ([[1]], dict(top_k=-1), "top_k = -1; expected"),
     ],
 )
 def test_requests_that_cannot_be_met_say_so(tiny, prompts, settings, message):
