@@ -14,20 +14,16 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from model import Tokenizer, Transformer, generate, load_model, waves
+from model import Tokenizer, Transformer, check_device, generate, load_model, waves
 from rewards import early_options
-from socialr1 import LETTERS, STAGES, Problem, build_messages, generate_problems, parse_response
-
-TINY = Path(__file__).parent / "assets" / "tiny"
+from socialr1 import LETTERS, STAGES, TINY, Parser, Problem, build_messages, exit_on_error, generate_problems, parse_response, write_json
 
 # --------------------------------------------------------------------------------------------------------------- readers
 
@@ -305,43 +301,6 @@ def table(results: dict[str, dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name and rename: the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def exit_on_error(main: Callable[[], None]) -> None:
-    """Call a command's main; a bad file, flag or value is one line on stderr and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}; see --help")
 
 
 def main() -> None:

@@ -33,15 +33,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import DO_NOT_TRAIN, MEASURES, TINY, Parser, check_device, check_lengths, evaluate, exit_on_error, read_files, table, write_json, write_text
-from model import Completion, ModelConfig, Tokenizer, Transformer, completion_logprobs, generate, load_model, pad, read_json, refuse_other_folders, save_model
+from eval import DO_NOT_TRAIN, MEASURES, check_lengths, evaluate, read_files, table
+from model import (
+    Completion,
+    ModelConfig,
+    Tokenizer,
+    Transformer,
+    check_device,
+    completion_logprobs,
+    generate,
+    load_model,
+    pad,
+    read_json,
+    refuse_other_folders,
+    save_model,
+)
 from rewards import Reward, RewardConfig, curriculum, setting, total_reward
 from socialr1 import (
     MAIN,
     STAGES,
+    TINY,
+    Parser,
     Problem,
     Story,
     build_messages,
+    exit_on_error,
     format_trace,
     generate_problems,
     generate_stories,
@@ -49,7 +65,9 @@ from socialr1 import (
     parse_response,
     readers_minds,
     replay,
+    write_json,
     write_stages,
+    write_text,
 )
 
 # ---------------------------------------------------------------------------------------------------------------- config

@@ -15,9 +15,15 @@ The second half of the file is a small simulator [O], our stand-in for ToMBench-
 each knows of the others, and writes from it an English story, a question, four options, and the gold trace. Every story has a
 *control twin*: nearly the same story, in which the shortcut ("people know what I, the reader, know") happens to be right.
 """
+import argparse
+import json
+import os
 import random
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 STAGES = ("Cue Encoding", "Cue Interpretation", "Goal Clarification", "Response Generation")
@@ -544,3 +550,38 @@ def generate_stories(n: int, seed: int, split: str = "train") -> list[Story]:
 def generate_problems(n: int, seed: int, split: str = "train") -> list[Problem]:
     """The problems of `generate_stories`."""
     return [story.problem for story in generate_stories(n, seed, split)]
+
+
+# ------------------------------------------------------------------------------------- what the command lines have in common
+
+TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded policy
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; see --help")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename: the file is whole or not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def exit_on_error(main: Callable[[], None]) -> None:
+    """Call a command's main; a bad file, flag or value is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
