@@ -50,6 +50,7 @@ class ModelConfig:
     tied: bool  # the head is the embedding
     qk_norm: bool  # Qwen3: queries and keys are normalised per head
     max_positions: int
+    scalar: bool  # a sequence classifier with one score in place of the vocabulary: rewards.py's content model
     raw: dict  # the whole file; saving writes it back, with the dtype of the weights
 
     @staticmethod
@@ -121,6 +122,7 @@ class ModelConfig:
             tied=bool(given["tie_word_embeddings"]),
             qk_norm=kind == "qwen3",
             max_positions=given["max_position_embeddings"],
+            scalar="ForSequenceClassification" in str(given.get("architectures")),
             raw=raw,
         )
 
@@ -370,12 +372,15 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.scalar:
+            self.score = Linear(config.hidden_size, 1)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.tie()
 
     def tie(self) -> None:
         """Let the head read the embedding's weight, where the config says so."""
-        if self.config.tied:
+        if self.config.tied and not self.config.scalar:
             self.lm_head.weight = self.embed_tokens.weight
 
     def hidden(self, tokens: Tensor, context: Sequences | Decoding) -> Tensor:
@@ -785,7 +790,7 @@ def save_model(model: Transformer, path: str | Path) -> None:
             if (model.source / name).is_file():
                 shutil.copyfile(model.source / name, temporary / name)
         state = {
-            name if name == "lm_head.weight" else f"model.{name}": p.detach().contiguous().cpu()
+            name if name in ("lm_head.weight", "score.weight") else f"model.{name}": p.detach().contiguous().cpu()
             for name, p in model.named_parameters()
         }
         save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})

@@ -5,13 +5,37 @@
 Each term maps a problem and a parsed response to a float in [0, 1]; the total comes with its parts, so that each is logged.
 Model output is hostile input: any text has a defined reward, found in linear time, without an exception.
 """
+import itertools
+import json
 import math
+import random
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from socialr1 import STAGES, Problem, Response
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from model import Linear, ModelConfig, Sequences, Tokenizer, Transformer, generate, load_model, pad
+from socialr1 import (
+    FAMILY,
+    MAIN,
+    SHIFT,
+    STAGES,
+    Problem,
+    Response,
+    Story,
+    believed,
+    build_messages,
+    generate_stories,
+    gold_stages,
+    parse_response,
+    replay,
+)
 
 
 def setting(default, help: str):
@@ -163,5 +187,328 @@ def total_reward(
     return Reward(parts["fmt"] * (config.w_out * parts["out"] + tau * process) * parts["len"], parts)
 
 
-if __name__ == "__main__":
-    raise SystemExit("error: training the content model (R_content) is not written yet; nothing was done")
+# --------------------------------------------------------------------------------------------------- content model: scores
+
+
+class ContentModel:
+    """R_content: a transformer with a scalar head, which scores the text of one stage for its grounding in the story [P].
+
+    It reads the story and the question, not the options, and then one stage. Bradley-Terry scores have no zero of their own:
+    `centre`, the mean score of held-out segments, true and false in equal number, is what a probability of 0.5 stands for.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.centre = float(model.config.raw.get("content_centre", 0.0))
+
+    def prompt(self, story: str, question: str) -> list[int]:
+        return self.tokenizer.chat([{"role": "user", "content": f"Story: {story}\nQuestion: {question}"}])
+
+    def segment(self, stage: str, text: str, room: int) -> list[int]:
+        """At most `room` ids. A text far longer than that is cut before it is read: time stays linear in the room."""
+        return self.tokenizer.encode(f"{stage}: {text[: 20 * room]}")[:room]
+
+    def encode(self, groups: list[tuple[str, str, list[tuple[str, str]]]]) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Story, question and segments (stage, text) -> ids of the prompts and of each prompt's segments."""
+        prompts = [self.prompt(story, question) for story, question, _ in groups]
+        context = self.model.config.max_positions
+        if longest := max((len(prompt) for prompt in prompts if len(prompt) > context - 32), default=0):
+            raise ValueError(f"a story takes {longest} tokens, the content model's context is {context}: leave it out, or use another model")
+        segments = [
+            [self.segment(stage, text, context - len(prompt)) for stage, text in some] for prompt, (_, _, some) in zip(prompts, groups)
+        ]
+        return prompts, segments
+
+    @torch.inference_mode()
+    def score(self, groups: list[tuple[str, str, list[tuple[str, str]]]], token_budget: int = 32768) -> list[list[float]]:
+        """Centred scores of segments; story, question and (stage, text) pairs -> a list for each story.
+
+        A story goes through the network once for all of its segments, equal segments once; batches stay within the budget.
+        """
+        distinct = [(story, question, list(dict.fromkeys(some))) for story, question, some in groups]
+        prompts, segments = self.encode(distinct)
+        scores: list[dict[tuple[str, str], float]] = []
+        for start, stop in within_budget(prompts, segments, token_budget):
+            values = iter(segment_scores(self.model, prompts[start:stop], segments[start:stop]).tolist())
+            scores += [{segment: next(values) - self.centre for segment in some} for _, _, some in distinct[start:stop]]
+        return [[found[segment] for segment in some] for found, (_, _, some) in zip(scores, groups)]
+
+    def rewards(self, problems: list[Problem], groups: list[list[Response]]) -> list[list[float]]:
+        """R_content in [0, 1] of every response: the mean over its present stages of sigmoid(score); 0 when none is present."""
+        scored = iter(
+            self.score([(p.story, p.question, [stage for response in group for stage in response.stages]) for p, group in zip(problems, groups)])
+        )
+        rewards = []
+        for group in groups:
+            values = iter(next(scored))
+            rewards.append([mean([_logistic(next(values)) for _ in response.stages]) for response in group])
+        return rewards
+
+
+def mean(values: list[float]) -> float:
+    """0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def load_content_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ContentModel:
+    """Load a content model that `python rewards.py` has trained; ValueError: any other checkpoint."""
+    model = load_model(path, device, dtype)
+    if not model.config.scalar:
+        raise ValueError(f"{path} is a language model, no content model: train one with python rewards.py --model {path}")
+    return ContentModel(model.requires_grad_(False), Tokenizer(path))
+
+
+def segment_scores(model: Transformer, prompts: list[list[int]], segments: list[list[list[int]]]) -> Tensor:
+    """Scalar head at the last token of each segment; P prompts, a list of segments for each -> (B,) in fp32. Differentiable.
+
+    As in sampling, a prompt goes through the network once, and its segments share the cache.
+    """
+    device = model.embed_tokens.weight.device
+    rows = [segment for some in segments for segment in some]
+    owner = torch.tensor([p for p, some in enumerate(segments) for _ in some], dtype=torch.long, device=device)  # (B,)
+    tokens, valid = pad(prompts, "left", device)
+    prefill = Sequences(valid)
+    model.hidden(tokens, prefill)
+    tokens, valid = pad(rows, "right", device)  # (B, T)
+    hidden = model.hidden(tokens, Sequences(valid, prefill, owner))  # (B, T, d)
+    last = hidden[torch.arange(len(rows), device=device), valid.sum(dim=1) - 1]  # (B, d)
+    return model.score(last)[:, 0].float()
+
+
+def within_budget(prompts: list[list[int]], segments: list[list[list[int]]], budget: int) -> Iterator[tuple[int, int]]:
+    """Ranges of prompts whose padded tokens, segments included, stay within the budget (one prompt at least)."""
+    start = rows = longest_prompt = longest = 0
+    for i, (prompt, some) in enumerate(zip(prompts, segments)):
+        sizes = max(longest_prompt, len(prompt)), max([longest, *map(len, some)])
+        if i > start and (i + 1 - start) * sizes[0] + (rows + len(some)) * sizes[1] > budget:
+            yield start, i
+            start, rows, sizes = i, 0, (len(prompt), max(map(len, some), default=0))
+        (longest_prompt, longest), rows = sizes, rows + len(some)
+    if prompts:
+        yield start, len(prompts)
+
+
+# ---------------------------------------------------------------------------------------------------- content model: pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two texts of one stage of one story; `chosen` is the better grounded one."""
+
+    story: str
+    question: str
+    stage: str
+    chosen: str
+    rejected: str
+    kind: str = ""  # of corruption, where it is known
+
+
+# Where facts are known, a false segment is a true one with one fact corrupted [O]. Each kind occurs in both directions (an unseen
+# event reported as seen, a seen one as missed; reality instead of the belief, an outdated belief instead of reality; two people
+# exchanged), so that no word tells true from false: only the story does.
+KINDS = ("wrong person", "unseen event treated as seen", "reality reported as belief", "goal of somebody else", "invented cue")
+
+
+def corruptions(story: Story, twin: Story, rng: random.Random) -> dict[str, list[tuple[int, str]]]:
+    """False variants of a story's four true segments, by kind: (stage, text).
+
+    The twin is the same story with one event moved, so its segments hold the one wrong cue, belief or conclusion; exchanging
+    people, or naming a thing that the story does not, gives the others. What would be true by accident is left out.
+    """
+    gold, of_twin, cast, family = gold_stages(story), gold_stages(twin), story.cast, FAMILY[story.problem.ability]
+    other = cast.get("y") or cast["m"]
+    found: dict[str, list[tuple[int, str]]] = {kind: [] for kind in KINDS}
+    for i in range(4):
+        found[KINDS[1] if i == 0 else KINDS[2]].append((i, of_twin[i]))
+    of_x, of_other = views_of_two(story, other)
+    for i, facts in ((0, (of_x, of_other)), (1, (last(of_x), last(of_other))), (3, (last(of_x), last(of_other)))):
+        if facts[0] != facts[1] or family in ("wish", "plan"):  # there the exchange changes whose wish it is, too
+            found[KINDS[0]].append((i, exchange(gold[i], cast["x"], other)))
+    found[KINDS[3]].append((2, exchange(gold[2], cast["x"], cast["m"] if story.problem.ability == "knowledge" else other)))
+    things = (SHIFT if story.problem.source.endswith("shift") else MAIN).values[family]
+    for i in range(4):
+        if named := [match for match in re.finditer(r"\w+", gold[i]) if match[0] in things]:
+            match = rng.choice(named)
+            absent = rng.choice([thing for thing in things if not re.search(rf"\b{thing}\b", story.problem.story)])
+            found[KINDS[4]].append((i, gold[i][: match.start()] + absent + gold[i][match.end() :]))
+    return {kind: [(i, text) for i, text in some if text != gold[i]] for kind, some in found.items()}
+
+
+def views_of_two(story: Story, other: str) -> tuple[list, list]:
+    """What X and the other person perceived, as the trace reports it, on whatever level of minds that is."""
+    world, x, m = replay(story), story.cast["x"], story.cast["m"]
+    if story.problem.ability == "non-literal communication":  # what each perceived, and knows of the other
+        return [world.views[x], world.models[x, other]], [world.views[other], world.models[other, x]]
+    if story.twist == "second order":
+        return [world.models[m, x]], [world.models[x, m] if other == m else world.models[m, other]]
+    return [world.views[x]], [world.views[other]]
+
+
+def last(views: list) -> list[str]:
+    return [believed(view) for view in views]
+
+
+def exchange(text: str, a: str, b: str) -> str:
+    return re.sub(rf"\b({a}|{b})\b", lambda match: b if match[0] == a else a, text)
+
+
+def story_pairs(n: int, seed: int, split: str = "train") -> list[Pair]:
+    """`n` pairs from generated stories, hard and control alike; all kinds equally often (n is rounded down to a multiple of 5)."""
+    rng = random.Random(f"pairs {split} {seed}")
+    by_kind: dict[str, list[Pair]] = {kind: [] for kind in KINDS}
+    for part in itertools.count():
+        stories = generate_stories(240, seed=100_000 * (seed + 1) + part, split=split)
+        for i, story in enumerate(stories):
+            gold = gold_stages(story)
+            for kind, some in corruptions(story, stories[i ^ 1], rng).items():
+                if some:
+                    stage, text = rng.choice(some)
+                    by_kind[kind].append(Pair(story.problem.story, story.problem.question, STAGES[stage], gold[stage], text, kind))
+        if all(len(pairs) >= n // len(KINDS) for pairs in by_kind.values()):
+            return list(itertools.chain(*zip(*by_kind.values())))[: n // len(KINDS) * len(KINDS)]
+    raise AssertionError("unreachable")
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """Pairs from JSONL with story, question, stage, chosen, rejected (METHOD.md section 4); ValueError names file and line."""
+    pairs = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not readable as JSON: {error}") from None
+        names = ("story", "question", "stage", "chosen", "rejected")
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) and row[name].strip() for name in names):
+            raise ValueError(f"{path}, line {number}: expected an object with the texts {', '.join(names)}")
+        if row["stage"] not in STAGES:
+            raise ValueError(f"{path}, line {number}: stage {row['stage']!r}; expected one of {', '.join(STAGES)}")
+        pairs.append(Pair(*(row[name] for name in names), kind=str(row.get("kind", ""))))
+    if not pairs:
+        raise ValueError(f"{path}: no pairs in it")
+    return pairs
+
+
+def agreement(story: Story, stage: str, text: str) -> float:
+    """How well a segment agrees with the facts, in [0, 1]: F1 of its sentences and those of the true segment."""
+    sentences = [set(re.split(r"(?<=[.!?])\s+", t.strip())) for t in (text, gold_stages(story)[STAGES.index(stage)])]
+    return 2 * len(sentences[0] & sentences[1]) / (len(sentences[0]) + len(sentences[1]))
+
+
+def rollout_pairs(
+    policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, max_new_tokens: int, seed: int
+) -> list[Pair]:
+    """The paper's way: K trajectories per problem, cut into stages; the best segment of a stage against each worse one [P].
+
+    The paper asks a judge which is better; generated stories know (`agreement`) [O].
+    """
+    prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
+    pairs, prefix = [], tokenizer.think_prefix()
+    for i in tqdm(range(0, len(stories), 16), desc="rollouts", unit="batch", leave=False):
+        groups = generate(policy, prompts[i : i + 16], samples, max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
+        for story, group in zip(stories[i:], groups):
+            responses = [parse_response(prefix + tokenizer.decode(completion.tokens), story.problem) for completion in group]
+            for stage in STAGES:
+                texts = dict.fromkeys(text for response in responses for name, text in response.stages if name == stage)
+                scores = {text: agreement(story, stage, text) for text in texts}
+                best = max(texts, key=scores.get, default="")
+                worse = [text for text in texts if scores[text] < scores[best]]
+                pairs += [Pair(story.problem.story, story.problem.question, stage, best, text, "rollout") for text in worse]
+    return pairs
+
+
+# ------------------------------------------------------------------------------------------------- content model: training
+
+
+@dataclass(frozen=True)
+class ContentConfig:
+    """Settings of the content model's training; the paper gives none of them [O]."""
+
+    epochs: int = setting(1, "passes over the pairs")
+    batch: int = setting(64, "pairs in one update")
+    lr: float = setting(1e-5, "learning rate of AdamW, after a warm-up over 3% of the updates; falls linearly")
+    token_budget: int = setting(8192, "tokens in one micro-batch; less needs less memory, results stay the same")
+    seed: int = setting(0, "of pairs, their order and the new head")
+
+
+def by_story(pairs: list[Pair]) -> list[list[Pair]]:
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair.story, pair.question), []).append(pair)
+    return list(groups.values())
+
+
+def with_scalar_head(model: Transformer, seed: int) -> Transformer:
+    """The language model's body under a new head of one output; a content model stays as it is."""
+    if not model.config.scalar:
+        kind = {"qwen3": "Qwen3", "llama": "Llama"}[model.config.raw["model_type"]]
+        raw = model.config.raw | {"architectures": [f"{kind}ForSequenceClassification"], "id2label": {"0": "grounded"}, "label2id": {"grounded": 0}}
+        model.config = ModelConfig.from_json(raw)
+        del model.lm_head
+        torch.manual_seed(seed)
+        model.score = Linear(model.config.hidden_size, 1).to(model.embed_tokens.weight)
+    return model
+
+
+def encode_pairs(scorer: ContentModel, groups: list[list[Pair]]) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Prompts, and for each the ids of its pairs' segments: chosen, rejected, chosen, rejected, ..."""
+    return scorer.encode(
+        [(some[0].story, some[0].question, [(pair.stage, text) for pair in some for text in (pair.chosen, pair.rejected)]) for some in groups]
+    )
+
+
+def train_content_model(scorer: ContentModel, pairs: list[Pair], config: ContentConfig) -> None:
+    """Bradley-Terry: minimise -log sigmoid(score(chosen) - score(rejected)), whole stories at a time [P]."""
+    model, groups = scorer.model, by_story(pairs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    updates = max(1, round(config.epochs * len(pairs) / config.batch))
+    rng, queue, right = random.Random(config.seed), [], 0.5
+    bar = tqdm(range(updates), desc="content model", unit="update")
+    for update in bar:
+        batch: list[list[Pair]] = []
+        while sum(map(len, batch)) < config.batch:
+            queue = queue or rng.sample(groups, len(groups))
+            batch.append(queue.pop())
+        count, good = sum(map(len, batch)), 0
+        prompts, segments = encode_pairs(scorer, batch)
+        for start, stop in within_budget(prompts, segments, config.token_budget):
+            chosen, rejected = segment_scores(model, prompts[start:stop], segments[start:stop]).view(-1, 2).unbind(dim=1)
+            (-F.logsigmoid(chosen - rejected).sum() / count).backward()
+            good += int((chosen > rejected).sum())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        x = (update + 1) / updates
+        optimizer.param_groups[0]["lr"] = config.lr * min(x / 0.03, 1.0, (1 - x) / 0.97 + 0.01)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        right += 0.02 * (good / count - right)
+        bar.set_postfix(right=f"{right:.3f}")
+
+
+@torch.no_grad()
+def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
+    """Held-out pairwise accuracy, overall, by stage and by kind; and the centre: the mean score of all segments."""
+    margins, every = [], []
+    groups = by_story(pairs)
+    prompts, segments = encode_pairs(scorer, groups)
+    for start, stop in within_budget(prompts, segments, 32768):
+        scores = segment_scores(scorer.model, prompts[start:stop], segments[start:stop]).view(-1, 2)
+        every += scores.flatten().tolist()
+        margins += (scores[:, 0] - scores[:, 1]).tolist()
+    ordered = [pair for some in groups for pair in some]
+
+    def accuracy(of: Callable[[Pair], str]) -> dict[str, float]:
+        names = dict.fromkeys(sorted(of(pair) for pair in ordered))
+        return {name: mean([float(m > 0) for m, pair in zip(margins, ordered) if of(pair) == name]) for name in names}
+
+    return {
+        "pairs": len(pairs),
+        "accuracy": mean([float(margin > 0) for margin in margins]),
+        "by_stage": accuracy(lambda pair: pair.stage),
+        "by_kind": accuracy(lambda pair: pair.kind or "(no kind given)"),
+        "centre": mean(every),
+    }

@@ -450,6 +450,11 @@ def write_stages(story: Story, of_x: View, of_y: View) -> list[str]:
     return [cues, meaning, goal, _DEEDS[ability].format(option=option, **cast) + f": {letter}."]
 
 
+def gold_stages(story: Story) -> list[str]:
+    """The texts of the four stages, all true."""
+    return write_stages(story, *minds(replay(story), story.problem.ability, story.twist, story.cast))
+
+
 def format_trace(stages: list[tuple[str, str]], letter: str) -> str:
     return "<think>\n" + "\n".join(f"{name}: {text}" for name, text in stages) + f"\n</think>\n<Answer> {letter} </Answer>"
 
@@ -531,8 +536,7 @@ def _twins(split: str, seed: int, pair: int) -> list[Story]:
             text, question, options, LETTERS[options.index(gold)], ability, f"stories/{split}", f"{split}-{seed}-{pair}", variant
         )
         story = Story(problem, "", tuple(events), twist, LETTERS[options.index(short)], cast, likes)
-        stages = write_stages(story, *minds(world, ability, twist, cast))
-        stories.append(replace(story, trace=format_trace(list(zip(STAGES, stages)), problem.answer)))
+        stories.append(replace(story, trace=format_trace(list(zip(STAGES, gold_stages(story))), problem.answer)))
     return stories
 
 
