@@ -48,13 +48,15 @@ from model import (
     refuse_other_folders,
     save_model,
 )
-from rewards import Reward, RewardConfig, curriculum, setting, total_reward
+from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, setting, total_reward
 from socialr1 import (
     MAIN,
     STAGES,
     TINY,
+    TINY_CONTENT,
     Parser,
     Problem,
+    Response,
     Story,
     build_messages,
     exit_on_error,
@@ -230,14 +232,28 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     return chosen
 
 
-def score(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer, tau: float, config: RewardConfig) -> list[list[Reward]]:
-    """The trajectory reward of every completion; P lists of G."""
-    scored, prefix = [], tokenizer.think_prefix()
-    for problem, group in zip(problems, groups):
-        texts = [prefix + tokenizer.decode(completion.tokens) for completion in group]
-        responses = [parse_response(text, problem) for text in texts]
-        scored.append([total_reward(r, problem, len(c.tokens), tau, config=config) for r, c in zip(responses, group)])
-    return scored
+def parse(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer) -> list[list[Response]]:
+    """The responses in the completions; P lists of G."""
+    prefix = tokenizer.think_prefix()
+    return [
+        [parse_response(prefix + tokenizer.decode(completion.tokens), problem) for completion in group]
+        for problem, group in zip(problems, groups)
+    ]
+
+
+def score(
+    problems: list[Problem],
+    groups: list[list[Completion]],
+    responses: list[list[Response]],
+    contents: list[list[float | None]],
+    tau: float,
+    config: RewardConfig,
+) -> list[list[Reward]]:
+    """The trajectory reward of every completion, given R_content of each; P lists of G."""
+    return [
+        [total_reward(r, problem, len(c.tokens), tau, content, config) for c, r, content in zip(*three)]
+        for problem, *three in zip(problems, groups, responses, contents)
+    ]
 
 
 def micro_batches(prompts: list[list[int]], groups: list[list[Completion]], budget: int) -> Iterator[tuple[list[int], list[slice]]]:
@@ -365,11 +381,12 @@ class Run:
     device: str
     config: GRPOConfig
     rewards: RewardConfig
+    content: Path | None = None  # the content model
 
     def saved(self) -> dict:
         """What must be equal for a run to be resumed."""
         return {
-            "model": str(self.model), "data": [str(path) for path in self.data], "lang": self.lang,
+            "model": str(self.model), "content": str(self.content), "data": [str(path) for path in self.data], "lang": self.lang,
             **asdict(self.config), **asdict(self.rewards),
         }  # fmt: skip
 
@@ -406,6 +423,7 @@ def train(run: Run, resume: Path | None = None) -> None:
     if len(problems) < config.prompts:
         raise ValueError(f"{len(problems)} training problems: --prompts {config.prompts} needs at least as many; lower it")
     reference = load_model(run.model, run.device).requires_grad_(False) if config.beta else None
+    scorer = load_content_model(run.content, run.device) if run.content else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first = 0
     if resume:
@@ -418,7 +436,7 @@ def train(run: Run, resume: Path | None = None) -> None:
     tqdm.write(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
         f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps to go\n"
-        "R_content is off: there is no content model yet; the other terms keep their weights."
+        + (f"R_content from {run.content}" if scorer else "R_content is off (no content model, or its weight is 0); the other terms keep their weights")
     )
 
     def examine(when: str, share: int = 1) -> dict[str, dict]:
@@ -436,7 +454,7 @@ def train(run: Run, resume: Path | None = None) -> None:
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="grpo", unit="step")
     with stop, open(log, "a", encoding="utf-8") as lines:
         for step in bar:
-            metrics = train_step(model, reference, optimizer, tokenizer, problems, run, step)
+            metrics = train_step(model, reference, scorer, optimizer, tokenizer, problems, run, step)
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
                 for name, result in examine("", share=4).items():
                     metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
@@ -465,8 +483,8 @@ def report(run: Run, path: Path) -> None:
 
 
 def train_step(
-    model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
-    problems: list[Problem], run: Run, step: int,
+    model: Transformer, reference: Transformer | None, scorer: ContentModel | None, optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer, problems: list[Problem], run: Run, step: int,
 ) -> dict:  # fmt: skip
     """One step of GRPO on P problems; changes the model, returns the step's line for the log."""
     config, clock = run.config, [time.perf_counter()]
@@ -475,8 +493,11 @@ def train_step(
     seed = config.seed * 1_000_003 + step
     groups = generate(model, prompts, config.group_size, config.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
     clock.append(time.perf_counter())
+    responses = parse(some, groups, tokenizer)
+    contents = scorer.rewards(some, responses) if scorer else [[None] * len(group) for group in groups]
+    clock.append(time.perf_counter())
     tau = curriculum(step, config.steps, run.rewards)
-    rewards = score(some, groups, tokenizer, tau, run.rewards)
+    rewards = score(some, groups, responses, contents, tau, run.rewards)
     totals = torch.tensor([[reward.total for reward in group] for group in rewards])  # (P, G)
     advantages = group_advantages(totals, scale=config.reduction != "dr_grpo")
     clock.append(time.perf_counter())
@@ -496,8 +517,9 @@ def train_step(
         "step": step,
         "reward": float(totals.mean()),
         **{name: mean(name) for name in ("fmt", "out", "struct", "len")},
-        "content": None,
+        "content": mean("content") if scorer else None,
         "tau": tau,
+        "weights": run.rewards.weights(tau, scorer is not None),
         "flat_groups": float((totals.amax(1) == totals.amin(1)).float().mean()),  # groups without spread teach nothing
         "entropy": -sum(sum(c.logprobs) for c in completions) / tokens,  # of the policy, estimated by its own samples
         "length": tokens / len(completions),
@@ -506,7 +528,8 @@ def train_step(
         "kl": metrics["kl"] if reference is not None else None,  # without a reference it is not known
         "lr": lr,
         "tokens_per_second": tokens / (clock[1] - clock[0]),
-        "seconds": {name: b - a for name, a, b in zip(("rollout", "score", "update"), clock, clock[1:])},
+        "seconds": {name: b - a for name, a, b in zip(("rollout", "content", "score", "update"), clock, clock[1:])},
+        "content_share": (clock[2] - clock[1]) / (clock[-1] - clock[0]),  # of the step's time
     }
 
 
@@ -800,6 +823,7 @@ def main() -> None:
     add("--model", type=Path, help="Hugging Face checkpoint folder (Qwen3 or Llama family)")
     add("--data", type=Path, nargs="+", default=[], help="problems to train on: our JSONL, ToMBench-Hard CSV; without it: generated stories")
     add("--lang", choices=("en", "zh"), default="en", help="language of bilingual files (en)")
+    add("--content", type=Path, metavar="DIR", help="content model for R_content (without --model: assets/content; else none)")
     add("--out", type=Path, help="folder for checkpoints and log (runs/DATE-TIME)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
@@ -815,7 +839,10 @@ def main() -> None:
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the folder of the run to go on with")
     out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards)
+    content = args.content or (None if args.model else TINY_CONTENT)
+    if not rewards.w_content or "content" in rewards.off:
+        content = None
+    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content)
     saved = checkpoints(out)
     if saved and not args.resume:
         raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")

@@ -12,7 +12,7 @@ import random
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,21 +20,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import Linear, ModelConfig, Sequences, Tokenizer, Transformer, generate, load_model, pad
+from model import (
+    Linear,
+    ModelConfig,
+    Sequences,
+    Tokenizer,
+    Transformer,
+    check_device,
+    generate,
+    load_model,
+    pad,
+    refuse_other_folders,
+    save_model,
+)
 from socialr1 import (
     FAMILY,
     MAIN,
     SHIFT,
     STAGES,
+    TINY,
+    Parser,
     Problem,
     Response,
     Story,
     believed,
     build_messages,
+    exit_on_error,
     generate_stories,
     gold_stages,
     parse_response,
     replay,
+    write_text,
 )
 
 
@@ -49,7 +65,8 @@ class RewardConfig:
 
     w_out: float = setting(1.0, "weight of R_out, the right letter [O]")
     w_struct: float = setting(0.5, "weight of R_struct, the four stages in order [O]")
-    w_content: float = setting(0.5, "weight of R_content, grounding in the story [O]; no model for it yet: left out")
+    w_content: float = setting(0.5, "weight of R_content, grounding in the story [O]; left out where there is no content model")
+    without: str = setting("", "terms to leave out, any of fmt,out,struct,content,len; only the outcome: struct,content,len")
     min_length: int = setting(32, "tokens; the length window is 0.5 here ... [O]")
     max_length: int = setting(1024, "... and here [O]")
     sharpness: float = setting(50.0, "steepness k of the length window [P]")
@@ -62,9 +79,20 @@ class RewardConfig:
             raise ValueError(f"--min-length {self.min_length} --max-length {self.max_length}: expected 0 < min < max")
         if not 0 <= self.tau_from <= self.tau_to <= 1 or not 0 <= self.tau_start <= 1:
             raise ValueError("--tau-start, --tau-from and --tau-to are shares in [0, 1], and --tau-from comes before --tau-to")
+        if unknown := self.off - {"fmt", "out", "struct", "content", "len"}:
+            raise ValueError(f"--without {','.join(sorted(unknown))}: expected any of fmt,out,struct,content,len")
         weights = (self.w_out, self.w_struct, self.w_content)
         if not all(0 <= weight < math.inf for weight in weights) or not 0 < self.sharpness < math.inf:
             raise ValueError("--w-out, --w-struct and --w-content must be finite and 0 or more, --sharpness finite and above 0")
+
+    @property
+    def off(self) -> set[str]:
+        return set(filter(None, self.without.split(",")))
+
+    def weights(self, tau: float, content: bool) -> dict[str, float]:
+        """What the terms of the sum count at this point of the curriculum."""
+        weights = {"out": self.w_out, "struct": tau * self.w_struct, "content": tau * self.w_content if content else 0.0}
+        return {name: 0.0 if name in self.off else weight for name, weight in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -171,20 +199,24 @@ def total_reward(
     problem: Problem,
     length: int,
     tau: float = 1.0,
-    content: Callable[[Response, Problem], float] | None = None,
+    content: float | Callable[[Response, Problem], float] | None = None,
     config: RewardConfig = RewardConfig(),
 ) -> Reward:
-    """R and its parts. Without a content scorer R_content is None and left out of the sum; the other weights stay."""
+    """R and its parts. `content` is R_content, or what computes it; without it R_content is None and left out of the sum."""
+    if callable(content):
+        content = content(response, problem)
     parts: dict[str, float | None] = {
         "fmt": format_reward(response, problem),
         "out": outcome_reward(response, problem),
         "struct": structure_reward(response, problem),
-        "content": content(response, problem) if content is not None and config.w_content else None,
+        "content": content,
         "len": length_reward(response, length, config.min_length, config.max_length, config.sharpness),
         "tau": tau,
     }
-    process = config.w_struct * parts["struct"] + config.w_content * (parts["content"] or 0.0)
-    return Reward(parts["fmt"] * (config.w_out * parts["out"] + tau * process) * parts["len"], parts)
+    total = sum(weight * (parts[name] or 0.0) for name, weight in config.weights(tau, content is not None).items())
+    for factor in {"fmt", "len"} - config.off:
+        total *= parts[factor]
+    return Reward(total, parts)
 
 
 # --------------------------------------------------------------------------------------------------- content model: scores
@@ -401,7 +433,7 @@ def agreement(story: Story, stage: str, text: str) -> float:
 
 
 def rollout_pairs(
-    policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, max_new_tokens: int, seed: int
+    policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, seed: int
 ) -> list[Pair]:
     """The paper's way: K trajectories per problem, cut into stages; the best segment of a stage against each worse one [P].
 
@@ -410,7 +442,7 @@ def rollout_pairs(
     prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
     pairs, prefix = [], tokenizer.think_prefix()
     for i in tqdm(range(0, len(stories), 16), desc="rollouts", unit="batch", leave=False):
-        groups = generate(policy, prompts[i : i + 16], samples, max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
+        groups = generate(policy, prompts[i : i + 16], samples, tokenizer.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
         for story, group in zip(stories[i:], groups):
             responses = [parse_response(prefix + tokenizer.decode(completion.tokens), story.problem) for completion in group]
             for stage in STAGES:
@@ -431,9 +463,16 @@ class ContentConfig:
 
     epochs: int = setting(1, "passes over the pairs")
     batch: int = setting(64, "pairs in one update")
-    lr: float = setting(1e-5, "learning rate of AdamW, after a warm-up over 3% of the updates; falls linearly")
+    lr: float = setting(1e-5, "learning rate of AdamW; after a short warm-up it falls linearly")
     token_budget: int = setting(8192, "tokens in one micro-batch; less needs less memory, results stay the same")
     seed: int = setting(0, "of pairs, their order and the new head")
+
+    def __post_init__(self):
+        if min(self.epochs, self.batch, self.token_budget) < 1 or not 0 < self.lr < 1 or not 0 <= self.seed < 2**31:
+            raise ValueError("--epochs, --batch and --token-budget are 1 or more, --lr above 0 and below 1, --seed 0 to 2147483647")
+
+
+TINY_PRESET = ContentConfig(lr=1e-3)  # from assets/tiny
 
 
 def by_story(pairs: list[Pair]) -> list[list[Pair]]:
@@ -512,3 +551,75 @@ def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
         "by_kind": accuracy(lambda pair: pair.kind or "(no kind given)"),
         "centre": mean(every),
     }
+
+
+def write_pairs(path: Path, pairs: list[Pair]) -> None:
+    write_text(path, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs))
+
+
+def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """A tenth of the pairs, at most 2000 [P], whole stories; -> the others, and these."""
+    groups = by_story(pairs)
+    random.Random(f"held out {seed}").shuffle(groups)
+    kept: list[Pair] = []
+    while len(groups) > 1 and len(kept) + len(groups[-1]) <= max(1, min(len(pairs) // 10, 2000)):
+        kept += groups.pop()
+    if not kept:
+        raise ValueError(f"{len(pairs)} pairs of {len(by_story(pairs))} stories: too few to hold some out; give more stories")
+    return list(itertools.chain(*groups)), kept
+
+
+def show(result: dict) -> str:
+    rows = [("held-out pairs", str(result["pairs"])), ("right", f"{result['accuracy']:.3f}")]
+    rows += [(f"  {name}", f"{value:.3f}") for key in ("by_stage", "by_kind") for name, value in result[key].items()]
+    return "\n".join(f"{name:34}{value:>6}" for name, value in rows)
+
+
+def main() -> None:
+    parser = Parser(description="Train the content model (R_content) on pairs of segments; the better one gets the higher score.")
+    add = parser.add_argument
+    add("--model", type=Path, default=TINY, help="checkpoint folder to start from, a language model or a content model (assets/tiny)")
+    add("--pairs", type=Path, help="JSONL with story, question, stage, chosen, rejected; without it: pairs from generated stories")
+    add("--from-rollouts", type=Path, metavar="POLICY", help="sample trajectories from this checkpoint on generated stories and pair their stages")
+    add("--problems", type=int, default=700, help="problems to sample with --from-rollouts (700)")
+    add("--samples", type=int, default=6, help="trajectories per problem with --from-rollouts (6)")
+    add("--count", type=int, default=60_000, help="pairs to make from generated stories (60000)")
+    add("--out", type=Path, default=Path("runs/content"), help="folder of the content model (runs/content)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
+    for f in fields(ContentConfig):
+        shown = f"{f.default}; without --model {TINY_PRESET.lr}" if f.name == "lr" else f.default
+        add(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"{f.metadata['help']} ({shown})")
+    args = parser.parse_args()
+    check_device(args.device)
+    preset = TINY_PRESET if args.model == TINY else ContentConfig()
+    config = replace(preset, **{f.name: value for f in fields(preset) if (value := getattr(args, f.name)) is not None})
+    if args.pairs and args.from_rollouts:
+        raise ValueError("--pairs and --from-rollouts exclude each other: the pairs come from one of them")
+    for name in ("problems", "samples", "count"):
+        if getattr(args, name) < len(KINDS):
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {len(KINDS)}")
+    refuse_other_folders(args.out)
+
+    if args.pairs:
+        pairs, held_out = hold_out(read_pairs(args.pairs), config.seed)
+    elif args.from_rollouts:
+        policy, tokenizer = load_model(args.from_rollouts, args.device), Tokenizer(args.from_rollouts)
+        stories = generate_stories(args.problems, config.seed)
+        pairs, held_out = hold_out(rollout_pairs(policy, tokenizer, stories, args.samples, config.seed), config.seed)
+        del policy
+    else:
+        pairs, held_out = story_pairs(args.count, config.seed), story_pairs(2000, config.seed, "test")
+    scorer = ContentModel(with_scalar_head(load_model(args.model, args.device), config.seed), Tokenizer(args.model))
+    print(f"{len(pairs)} pairs of {len(by_story(pairs))} stories; {len(held_out)} pairs of {len(by_story(held_out))} other stories held out")
+    train_content_model(scorer, pairs, config)
+    result = examine(scorer, held_out)
+    model = scorer.model
+    model.config = replace(model.config, raw=model.config.raw | {"content_centre": result["centre"]})
+    save_model(model.to(torch.bfloat16) if args.model == TINY else model, args.out)
+    if args.from_rollouts:
+        write_pairs(args.out / "pairs.jsonl", pairs + held_out)
+    print(f"{show(result)}\ncontent model: {args.out}\nnext: python grpo.py --content {args.out}")
+
+
+if __name__ == "__main__":
+    exit_on_error(main)

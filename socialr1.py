@@ -559,6 +559,7 @@ def generate_problems(n: int, seed: int, split: str = "train") -> list[Problem]:
 # ------------------------------------------------------------------------------------- what the command lines have in common
 
 TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded policy
+TINY_CONTENT = Path(__file__).parent / "assets" / "content"  # and its content model
 
 
 class Parser(argparse.ArgumentParser):

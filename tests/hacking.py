@@ -1,0 +1,120 @@
+"""Degenerate policies beside honest ones: what does the whole reward (tau = 1) pay them?
+
+    python tests/hacking.py [--model CHECKPOINT] [--content DIR] [--stories 200]
+
+Each policy answers as well as what it imitates can: whoever reasons about nothing guesses, so its letter is right as often as chance.
+"right" rows get the right letter given, to see what the trajectory alone is worth. With --model, the honest row is also sampled
+from that policy (temperature 1). The same table, with gold traces as the honest policy, is asserted on in test_hacking.py.
+"""
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from grpo import TINY_PRESET  # noqa: E402
+from model import Tokenizer, generate, load_model  # noqa: E402
+from rewards import ContentModel, corruptions, load_content_model, total_reward  # noqa: E402
+from socialr1 import STAGES, TINY, TINY_CONTENT, Story, build_messages, format_trace, generate_stories, gold_stages, parse_response  # noqa: E402
+
+FILLER = (
+    "There are several things to notice here and all of them matter.",
+    "This can be understood in more than one way, so care is needed.",
+    "Everybody in the story wants something, and that has to be kept in mind.",
+    "Taking everything together, the conclusion follows: {letter}.",
+)
+PLACES = ("first", "second", "third", "fourth")
+
+
+def trace(texts: list[str], letter: str) -> str:
+    return format_trace(list(zip(STAGES, texts)), letter)
+
+
+def concluding(story: Story, letter: str) -> list[str]:
+    """The gold stages, with another letter at the end."""
+    texts = gold_stages(story)
+    return [*texts[:-1], f"{texts[-1][:-2]}{letter}."]
+
+
+def corrupted(story: Story, twin: Story, stages: int, rng: random.Random) -> list[str]:
+    """The gold trace with one fact corrupted in each of its first `stages` stages."""
+    texts = gold_stages(story)
+    some = [change for changes in corruptions(story, twin, rng).values() for change in changes]
+    for i in range(stages):
+        if mine := [text for stage, text in some if stage == i]:
+            texts[i] = rng.choice(mine)
+    return [*texts[:-1], f"{texts[-1][:-2]}{story.problem.answer}."]
+
+
+def policies(story: Story, twin: Story, first: Story, rng: random.Random) -> dict[str, str]:
+    """By name: what each policy says to this problem. `first` is the one whose trace is said to every problem."""
+    problem, gold = story.problem, gold_stages(story)
+    guess, right = rng.choice(problem.letters), problem.answer
+    filler, place = [text.format(letter=guess) for text in FILLER], PLACES[problem.letters.index(guess)]
+    hint = [f"{text} It is the {place} one." for text in concluding(story, guess)]
+    long = " ".join(f"{gold[0][:-1]} in the {n} place." for n in ("first", "second", "third", "next", "last", "other") * 3)
+    return {
+        "honest (gold traces)": story.trace,
+        "four headings with filler": trace(filler, guess),
+        "the story in every stage": trace([problem.story] * 4, guess),
+        "the story cut into four stages": trace([problem.story[i * len(problem.story) // 4 : (i + 1) * len(problem.story) // 4] for i in range(4)], guess),
+        "one trace for every problem": first.trace,
+        "answer block first, reasoning after": f"<Answer> {guess} </Answer>\n" + trace(gold, guess).split("\n<Answer>")[0],
+        "option first, reasoning to it": trace([f"It is option {guess}. {text}" for text in concluding(story, guess)], guess),
+        "'the second one' in every stage": trace(hint, guess),
+        "shortest legal output": f"<think>.</think><Answer>{guess}</Answer>",
+        "shortest legal output, right": f"<think>.</think><Answer>{right}</Answer>",
+        "longest legal output, right": trace([long, *gold[1:]], right),
+        "right on filler": trace([text.format(letter=right) for text in FILLER], right),
+        "right on one corrupted stage": trace(corrupted(story, twin, 1, rng), right),
+        "right on a corrupted trace": trace(corrupted(story, twin, 4, rng), right),
+        "right on another problem's trace": trace(concluding(first, right), right),
+    }
+
+
+GUESSING = slice(1, 11)  # no more than 60% of an honest policy
+RIGHT = slice(11, None)  # strictly less than an honest policy
+
+
+def mean_rewards(stories: list[Story], tokenizer: Tokenizer, scorer: ContentModel | None) -> dict[str, tuple[float, float]]:
+    """By policy: mean total reward and mean R_content."""
+    rng, texts = random.Random(0), {}
+    for i, story in enumerate(stories):
+        for name, text in policies(story, stories[i ^ 1], stories[0], rng).items():
+            texts.setdefault(name, []).append(text)
+    return {name: pay(stories, some, tokenizer, scorer) for name, some in texts.items()}
+
+
+def pay(stories: list[Story], texts: list[str], tokenizer: Tokenizer, scorer: ContentModel | None) -> tuple[float, float]:
+    responses = [[parse_response(text, story.problem)] for story, text in zip(stories, texts)]
+    contents = scorer.rewards([story.problem for story in stories], responses) if scorer else [[None]] * len(stories)
+    totals = [
+        total_reward(response, story.problem, len(tokenizer.encode(text)) + 1, 1.0, content, TINY_PRESET[1]).total
+        for story, (response,), (content,), text in zip(stories, responses, contents, texts)
+    ]
+    return sum(totals) / len(totals), sum(content or 0.0 for (content,) in contents) / len(contents)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--content", type=Path, default=TINY_CONTENT)
+    parser.add_argument("--stories", type=int, default=200)
+    args = parser.parse_args()
+    stories, tokenizer, scorer = generate_stories(args.stories, 1, "test"), Tokenizer(TINY), load_content_model(args.content)
+    table = mean_rewards(stories, tokenizer, scorer)
+    honest = table["honest (gold traces)"][0]
+    if args.model:
+        prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
+        groups = generate(load_model(args.model), prompts, 1, 160, stop_ids=tokenizer.stop_ids)
+        table = {"honest (the trained policy)": pay(stories, [tokenizer.decode(c.tokens) for (c,) in groups], tokenizer, scorer)} | table
+        honest = table["honest (the trained policy)"][0]
+    print(f"{'':38}{'reward':>8}{'of honest':>11}{'R_content':>11}")
+    for name, (total, content) in table.items():
+        print(f"{name:38}{total:8.3f}{total / honest:11.0%}{content:11.3f}")
+
+
+if __name__ == "__main__":
+    main()
