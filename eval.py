@@ -10,8 +10,6 @@ One reader serves ToMBench's JSONL, ToMBench-Hard's CSV and our own JSONL: colum
 """
 import argparse
 import ast
-import csv
-import io
 import json
 import math
 import re
@@ -23,7 +21,7 @@ from tqdm import tqdm
 
 from model import Tokenizer, Transformer, check_device, generate, load_model, waves
 from rewards import early_options
-from socialr1 import LETTERS, STAGES, TINY, Parser, Problem, build_messages, exit_on_error, generate_problems, parse_response, write_json
+from socialr1 import LETTERS, STAGES, TINY, Parser, Problem, build_messages, exit_on_error, generate_problems, parse_response, read_rows, write_json
 
 # --------------------------------------------------------------------------------------------------------------- readers
 
@@ -35,37 +33,6 @@ _OPTION_LIST = ("options", "choices")
 _ANSWER = ("答案answer", "answer", "答案", "label", "gold")
 _ABILITY = ("能力ability", "ability", "能力", "category", "dimension", "type")
 DO_NOT_TRAIN = {"tombench": "ToMBench asks in so many words that its items never be trained on"}
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a JSONL or CSV file; ValueError names file and line."""
-    try:
-        data = file.read_bytes()
-        text = io.StringIO(data.decode("utf-8-sig"), newline="")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}:{data[: error.start].count(10) + 1}: not UTF-8: {error.reason}") from None
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl or .csv file, or a folder of them") from None
-    number = 1
-    try:
-        if file.suffix.lower() == ".csv":
-            reader = csv.DictReader(text, strict=True)
-            for row in reader:
-                number = reader.line_num
-                if None in row:
-                    raise ValueError(f"{file}:{number}: more cells than the {len(reader.fieldnames)} columns")
-                yield number, row
-            return
-        for number, line in enumerate(text, start=1):
-            if line.strip():
-                row = json.loads(line)  # reads the bare NaN of ToMBench
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
-                yield number, row
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{number}: not JSON, at column {error.colno}: {error.msg}") from None
-    except (csv.Error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{file}:{number}: broken row: {error}") from None
 
 
 def _key(name: str) -> str:
@@ -126,7 +93,7 @@ def _find(row: dict, names: tuple[str, ...]) -> str:
 
 def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Problem], list[str]]:
     """The benchmark's name, its problems, and notes on rows that were left out."""
-    raw = list(_rows(file))
+    raw = list(read_rows(file))
     if not raw:
         raise ValueError(f"{file}: no rows; expected JSONL or CSV with one problem a row")
     rows = [(number, {_key(key): value for key, value in row.items()}) for number, row in raw]

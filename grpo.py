@@ -424,6 +424,8 @@ def train(run: Run, resume: Path | None = None) -> None:
         raise ValueError(f"{len(problems)} training problems: --prompts {config.prompts} needs at least as many; lower it")
     reference = load_model(run.model, run.device).requires_grad_(False) if config.beta else None
     scorer = load_content_model(run.content, run.device) if run.content else None
+    for problem in problems if scorer else ():
+        scorer.encode(problem.story, problem.question, [])  # a story that is too long says so now, not in the middle of the run
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first = 0
     if resume:
@@ -436,7 +438,7 @@ def train(run: Run, resume: Path | None = None) -> None:
     tqdm.write(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
         f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps to go\n"
-        + (f"R_content from {run.content}" if scorer else "R_content is off (no content model, or its weight is 0); the other terms keep their weights")
+        + (f"R_content from {run.content}" if scorer else "R_content is off: no content model (--content), or no weight; the other terms keep theirs")
     )
 
     def examine(when: str, share: int = 1) -> dict[str, dict]:
@@ -459,7 +461,8 @@ def train(run: Run, resume: Path | None = None) -> None:
                 for name, result in examine("", share=4).items():
                     metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
             print(json.dumps(metrics), file=lines, flush=True)
-            bar.set_postfix({k: f"{metrics[k]:.2f}" for k in ("reward", "out", "struct", "entropy", "length")})
+            shown = ("reward", "out", "struct", "content", "entropy", "length")
+            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown if metrics[name] is not None})
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
                 path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()})
             if stop.asked:

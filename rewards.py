@@ -49,6 +49,7 @@ from socialr1 import (
     generate_stories,
     gold_stages,
     parse_response,
+    read_rows,
     replay,
     write_text,
 )
@@ -203,7 +204,9 @@ def total_reward(
     config: RewardConfig = RewardConfig(),
 ) -> Reward:
     """R and its parts. `content` is R_content, or what computes it; without it R_content is None and left out of the sum."""
-    if callable(content):
+    if not config.w_content or "content" in config.off:
+        content = None
+    elif callable(content):
         content = content(response, problem)
     parts: dict[str, float | None] = {
         "fmt": format_reward(response, problem),
@@ -222,6 +225,10 @@ def total_reward(
 # --------------------------------------------------------------------------------------------------- content model: scores
 
 
+Segment = tuple[str, str]  # a stage and its text
+Encoded = tuple[list[int], list[list[int]]]  # ids of a prompt, and of each of its segments
+
+
 class ContentModel:
     """R_content: a transformer with a scalar head, which scores the text of one stage for its grounding in the story [P].
 
@@ -233,48 +240,33 @@ class ContentModel:
         self.model, self.tokenizer = model, tokenizer
         self.centre = float(model.config.raw.get("content_centre", 0.0))
 
-    def prompt(self, story: str, question: str) -> list[int]:
-        return self.tokenizer.chat([{"role": "user", "content": f"Story: {story}\nQuestion: {question}"}])
-
-    def segment(self, stage: str, text: str, room: int) -> list[int]:
-        """At most `room` ids. A text far longer than that is cut before it is read: time stays linear in the room."""
-        return self.tokenizer.encode(f"{stage}: {text[: 20 * room]}")[:room]
-
-    def encode(self, groups: list[tuple[str, str, list[tuple[str, str]]]]) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Story, question and segments (stage, text) -> ids of the prompts and of each prompt's segments."""
-        prompts = [self.prompt(story, question) for story, question, _ in groups]
+    def encode(self, story: str, question: str, segments: list[Segment]) -> tuple[list[int], list[list[int]]]:
+        """Ids of the prompt, and of each segment. What goes beyond the context is cut off, long before it is all read."""
+        prompt = self.tokenizer.chat([{"role": "user", "content": f"Story: {story}\nQuestion: {question}"}])
         context = self.model.config.max_positions
-        if longest := max((len(prompt) for prompt in prompts if len(prompt) > context - 32), default=0):
-            raise ValueError(f"a story takes {longest} tokens, the content model's context is {context}: leave it out, or use another model")
-        segments = [
-            [self.segment(stage, text, context - len(prompt)) for stage, text in some] for prompt, (_, _, some) in zip(prompts, groups)
-        ]
-        return prompts, segments
+        room = context - len(prompt)
+        if room < 32:
+            raise ValueError(f"a story takes {len(prompt)} of the {context} tokens of the content model's context: leave it out")
+        texts = (f"{stage}: {text[: 20 * room]}".encode("utf-8", "replace").decode() for stage, text in segments)
+        return prompt, [self.tokenizer.encode(text)[:room] for text in texts]
 
     @torch.inference_mode()
-    def score(self, groups: list[tuple[str, str, list[tuple[str, str]]]], token_budget: int = 32768) -> list[list[float]]:
-        """Centred scores of segments; story, question and (stage, text) pairs -> a list for each story.
+    def score(self, asked: list[tuple[str, str, list[Segment]]], token_budget: int = 32768) -> list[list[float]]:
+        """Centred scores of segments; story, question and segments -> a list for each story.
 
         A story goes through the network once for all of its segments, equal segments once; batches stay within the budget.
         """
-        distinct = [(story, question, list(dict.fromkeys(some))) for story, question, some in groups]
-        prompts, segments = self.encode(distinct)
-        scores: list[dict[tuple[str, str], float]] = []
-        for start, stop in within_budget(prompts, segments, token_budget):
-            values = iter(segment_scores(self.model, prompts[start:stop], segments[start:stop]).tolist())
-            scores += [{segment: next(values) - self.centre for segment in some} for _, _, some in distinct[start:stop]]
-        return [[found[segment] for segment in some] for found, (_, _, some) in zip(scores, groups)]
+        distinct = [(story, question, list(dict.fromkeys(some))) for story, question, some in asked]
+        batches = within_budget([self.encode(*one) for one in distinct], token_budget)
+        values = iter([value - self.centre for batch in batches for value in segment_scores(self.model, batch).tolist()])
+        found = [{segment: next(values) for segment in some} for _, _, some in distinct]
+        return [[scores[segment] for segment in some] for scores, (_, _, some) in zip(found, asked)]
 
     def rewards(self, problems: list[Problem], groups: list[list[Response]]) -> list[list[float]]:
         """R_content in [0, 1] of every response: the mean over its present stages of sigmoid(score); 0 when none is present."""
-        scored = iter(
-            self.score([(p.story, p.question, [stage for response in group for stage in response.stages]) for p, group in zip(problems, groups)])
-        )
-        rewards = []
-        for group in groups:
-            values = iter(next(scored))
-            rewards.append([mean([_logistic(next(values)) for _ in response.stages]) for response in group])
-        return rewards
+        asked = [(p.story, p.question, [s for response in group for s in response.stages]) for p, group in zip(problems, groups)]
+        values = iter(itertools.chain(*self.score(asked)))
+        return [[mean([_logistic(next(values)) for _ in response.stages]) for response in group] for group in groups]
 
 
 def mean(values: list[float]) -> float:
@@ -290,15 +282,15 @@ def load_content_model(path: str | Path, device: str = "cpu", dtype: torch.dtype
     return ContentModel(model.requires_grad_(False), Tokenizer(path))
 
 
-def segment_scores(model: Transformer, prompts: list[list[int]], segments: list[list[list[int]]]) -> Tensor:
-    """Scalar head at the last token of each segment; P prompts, a list of segments for each -> (B,) in fp32. Differentiable.
+def segment_scores(model: Transformer, batch: list[Encoded]) -> Tensor:
+    """Scalar head at the last token of each segment -> (B,) in fp32, B segments of P prompts. Differentiable.
 
     As in sampling, a prompt goes through the network once, and its segments share the cache.
     """
     device = model.embed_tokens.weight.device
-    rows = [segment for some in segments for segment in some]
-    owner = torch.tensor([p for p, some in enumerate(segments) for _ in some], dtype=torch.long, device=device)  # (B,)
-    tokens, valid = pad(prompts, "left", device)
+    rows = [segment for _, segments in batch for segment in segments]
+    owner = torch.tensor([p for p, (_, segments) in enumerate(batch) for _ in segments], dtype=torch.long, device=device)  # (B,)
+    tokens, valid = pad([prompt for prompt, _ in batch], "left", device)
     prefill = Sequences(valid)
     model.hidden(tokens, prefill)
     tokens, valid = pad(rows, "right", device)  # (B, T)
@@ -307,17 +299,18 @@ def segment_scores(model: Transformer, prompts: list[list[int]], segments: list[
     return model.score(last)[:, 0].float()
 
 
-def within_budget(prompts: list[list[int]], segments: list[list[list[int]]], budget: int) -> Iterator[tuple[int, int]]:
-    """Ranges of prompts whose padded tokens, segments included, stay within the budget (one prompt at least)."""
-    start = rows = longest_prompt = longest = 0
-    for i, (prompt, some) in enumerate(zip(prompts, segments)):
-        sizes = max(longest_prompt, len(prompt)), max([longest, *map(len, some)])
-        if i > start and (i + 1 - start) * sizes[0] + (rows + len(some)) * sizes[1] > budget:
-            yield start, i
-            start, rows, sizes = i, 0, (len(prompt), max(map(len, some), default=0))
-        (longest_prompt, longest), rows = sizes, rows + len(some)
-    if prompts:
-        yield start, len(prompts)
+def within_budget(items: list[Encoded], budget: int) -> Iterator[list[Encoded]]:
+    """Those that have segments, in order, as many at a time (at least one) as keep their padded tokens in the budget."""
+    batch: list[Encoded] = []
+    for item in filter(lambda item: item[1], items):
+        rows = [segment for _, segments in (*batch, item) for segment in segments]
+        prompt = max(len(prompt) for prompt, _ in (*batch, item))
+        if batch and (len(batch) + 1) * prompt + len(rows) * max(map(len, rows)) > budget:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------- content model: pairs
@@ -361,7 +354,7 @@ def corruptions(story: Story, twin: Story, rng: random.Random) -> dict[str, list
     for i in range(4):
         if named := [match for match in re.finditer(r"\w+", gold[i]) if match[0] in things]:
             match = rng.choice(named)
-            absent = rng.choice([thing for thing in things if not re.search(rf"\b{thing}\b", story.problem.story)])
+            absent = rng.choice([thing for thing in things if thing not in story.problem.story])
             found[KINDS[4]].append((i, gold[i][: match.start()] + absent + gold[i][match.end() :]))
     return {kind: [(i, text) for i, text in some if text != gold[i]] for kind, some in found.items()}
 
@@ -403,24 +396,13 @@ def story_pairs(n: int, seed: int, split: str = "train") -> list[Pair]:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Pairs from JSONL with story, question, stage, chosen, rejected (METHOD.md section 4); ValueError names file and line."""
-    pairs = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not readable as JSON: {error}") from None
-        names = ("story", "question", "stage", "chosen", "rejected")
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) and row[name].strip() for name in names):
-            raise ValueError(f"{path}, line {number}: expected an object with the texts {', '.join(names)}")
+    pairs, names = [], ("story", "question", "stage", "chosen", "rejected")
+    for number, row in read_rows(path):
+        if not all(isinstance(row.get(name), str) and row[name].strip() for name in names):
+            raise ValueError(f"{path}:{number}: expected the texts {', '.join(names)}")
         if row["stage"] not in STAGES:
-            raise ValueError(f"{path}, line {number}: stage {row['stage']!r}; expected one of {', '.join(STAGES)}")
-        pairs.append(Pair(*(row[name] for name in names), kind=str(row.get("kind", ""))))
+            raise ValueError(f"{path}:{number}: stage {row['stage']!r}; expected one of {', '.join(STAGES)}")
+        pairs.append(Pair(*(row[name] for name in names), kind=str(row.get("kind") or "")))
     if not pairs:
         raise ValueError(f"{path}: no pairs in it")
     return pairs
@@ -486,19 +468,18 @@ def with_scalar_head(model: Transformer, seed: int) -> Transformer:
     """The language model's body under a new head of one output; a content model stays as it is."""
     if not model.config.scalar:
         kind = {"qwen3": "Qwen3", "llama": "Llama"}[model.config.raw["model_type"]]
-        raw = model.config.raw | {"architectures": [f"{kind}ForSequenceClassification"], "id2label": {"0": "grounded"}, "label2id": {"grounded": 0}}
-        model.config = ModelConfig.from_json(raw)
+        labels = {"id2label": {"0": "grounded"}, "label2id": {"grounded": 0}}
+        model.config = ModelConfig.from_json(model.config.raw | labels | {"architectures": [f"{kind}ForSequenceClassification"]})
         del model.lm_head
         torch.manual_seed(seed)
         model.score = Linear(model.config.hidden_size, 1).to(model.embed_tokens.weight)
     return model
 
 
-def encode_pairs(scorer: ContentModel, groups: list[list[Pair]]) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Prompts, and for each the ids of its pairs' segments: chosen, rejected, chosen, rejected, ..."""
-    return scorer.encode(
-        [(some[0].story, some[0].question, [(pair.stage, text) for pair in some for text in (pair.chosen, pair.rejected)]) for some in groups]
-    )
+def encode_pairs(scorer: ContentModel, groups: list[list[Pair]], budget: int) -> Iterator[list[Encoded]]:
+    """Batches of stories with the segments of their pairs: chosen, rejected, chosen, rejected, ..."""
+    segments = [[(pair.stage, text) for pair in some for text in (pair.chosen, pair.rejected)] for some in groups]
+    return within_budget([scorer.encode(some[0].story, some[0].question, texts) for some, texts in zip(groups, segments)], budget)
 
 
 def train_content_model(scorer: ContentModel, pairs: list[Pair], config: ContentConfig) -> None:
@@ -514,9 +495,8 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
             queue = queue or rng.sample(groups, len(groups))
             batch.append(queue.pop())
         count, good = sum(map(len, batch)), 0
-        prompts, segments = encode_pairs(scorer, batch)
-        for start, stop in within_budget(prompts, segments, config.token_budget):
-            chosen, rejected = segment_scores(model, prompts[start:stop], segments[start:stop]).view(-1, 2).unbind(dim=1)
+        for part in encode_pairs(scorer, batch, config.token_budget):
+            chosen, rejected = segment_scores(model, part).view(-1, 2).unbind(dim=1)
             (-F.logsigmoid(chosen - rejected).sum() / count).backward()
             good += int((chosen > rejected).sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -531,25 +511,21 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
 @torch.no_grad()
 def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
     """Held-out pairwise accuracy, overall, by stage and by kind; and the centre: the mean score of all segments."""
-    margins, every = [], []
     groups = by_story(pairs)
-    prompts, segments = encode_pairs(scorer, groups)
-    for start, stop in within_budget(prompts, segments, 32768):
-        scores = segment_scores(scorer.model, prompts[start:stop], segments[start:stop]).view(-1, 2)
-        every += scores.flatten().tolist()
-        margins += (scores[:, 0] - scores[:, 1]).tolist()
+    scores = torch.cat([segment_scores(scorer.model, batch) for batch in encode_pairs(scorer, groups, 32768)]).view(-1, 2)
+    right = (scores[:, 0] > scores[:, 1]).tolist()
     ordered = [pair for some in groups for pair in some]
 
     def accuracy(of: Callable[[Pair], str]) -> dict[str, float]:
         names = dict.fromkeys(sorted(of(pair) for pair in ordered))
-        return {name: mean([float(m > 0) for m, pair in zip(margins, ordered) if of(pair) == name]) for name in names}
+        return {name: mean([hit for hit, pair in zip(right, ordered) if of(pair) == name]) for name in names}
 
     return {
         "pairs": len(pairs),
-        "accuracy": mean([float(margin > 0) for margin in margins]),
+        "accuracy": mean(right),
         "by_stage": accuracy(lambda pair: pair.stage),
         "by_kind": accuracy(lambda pair: pair.kind or "(no kind given)"),
-        "centre": mean(every),
+        "centre": float(scores.mean()),
     }
 
 
@@ -558,11 +534,11 @@ def write_pairs(path: Path, pairs: list[Pair]) -> None:
 
 
 def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """A tenth of the pairs, at most 2000 [P], whole stories; -> the others, and these."""
+    """About a tenth of the pairs, about 2000 at most [P], in whole stories; -> the others, and these."""
     groups = by_story(pairs)
     random.Random(f"held out {seed}").shuffle(groups)
     kept: list[Pair] = []
-    while len(groups) > 1 and len(kept) + len(groups[-1]) <= max(1, min(len(pairs) // 10, 2000)):
+    while len(groups) > 1 and len(kept) < max(1, min(len(pairs) // 10, 2000)):
         kept += groups.pop()
     if not kept:
         raise ValueError(f"{len(pairs)} pairs of {len(by_story(pairs))} stories: too few to hold some out; give more stories")

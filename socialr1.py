@@ -16,12 +16,14 @@ each knows of the others, and writes from it an English story, a question, four 
 *control twin*: nearly the same story, in which the shortcut ("people know what I, the reader, know") happens to be right.
 """
 import argparse
+import csv
+import io
 import json
 import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -556,7 +558,7 @@ def generate_problems(n: int, seed: int, split: str = "train") -> list[Problem]:
     return [story.problem for story in generate_stories(n, seed, split)]
 
 
-# ------------------------------------------------------------------------------------- what the command lines have in common
+# ------------------------------------------------------------------------------------- what the command lines share
 
 TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded policy
 TINY_CONTENT = Path(__file__).parent / "assets" / "content"  # and its content model
@@ -567,6 +569,37 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see --help")
+
+
+def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """(line number, row) of a JSONL or CSV file; ValueError names file and line."""
+    try:
+        data = file.read_bytes()
+        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}:{data[: error.start].count(10) + 1}: not UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl or .csv file, or a folder of them") from None
+    number = 1
+    try:
+        if file.suffix.lower() == ".csv":
+            reader = csv.DictReader(text, strict=True)
+            for row in reader:
+                number = reader.line_num
+                if None in row:
+                    raise ValueError(f"{file}:{number}: more cells than the {len(reader.fieldnames)} columns")
+                yield number, row
+            return
+        for number, line in enumerate(text, start=1):
+            if line.strip():
+                row = json.loads(line)  # reads the bare NaN of ToMBench
+                if not isinstance(row, dict):
+                    raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
+                yield number, row
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}:{number}: not JSON, at column {error.colno}: {error.msg}") from None
+    except (csv.Error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{file}:{number}: broken row: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:

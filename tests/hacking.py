@@ -108,9 +108,12 @@ def main() -> None:
     honest = table["honest (gold traces)"][0]
     if args.model:
         prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
-        groups = generate(load_model(args.model), prompts, 1, 160, stop_ids=tokenizer.stop_ids)
-        table = {"honest (the trained policy)": pay(stories, [tokenizer.decode(c.tokens) for (c,) in groups], tokenizer, scorer)} | table
-        honest = table["honest (the trained policy)"][0]
+        texts = [tokenizer.decode(c.tokens) for (c,) in generate(load_model(args.model), prompts, 1, 160, stop_ids=tokenizer.stop_ids)]
+        right = [i for i, story in enumerate(stories) if parse_response(texts[i], story.problem).answer == story.problem.answer]
+        trained = pay(stories, texts, tokenizer, scorer)
+        of_right = pay([stories[i] for i in right], [texts[i] for i in right], tokenizer, scorer)
+        table = {"honest (the trained policy)": trained, "  its right answers only": of_right} | table
+        honest = trained[0]
     print(f"{'':38}{'reward':>8}{'of honest':>11}{'R_content':>11}")
     for name, (total, content) in table.items():
         print(f"{name:38}{total:8.3f}{total / honest:11.0%}{content:11.3f}")

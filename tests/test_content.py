@@ -61,20 +61,20 @@ def test_a_score_is_that_of_the_plain_forward_whatever_else_is_in_the_batch(scor
             whole = torch.tensor([prompt + segment])
             hidden = scorer.hidden(whole, rewards.Sequences(torch.ones_like(whole, dtype=torch.bool)))
             plain.append(float((hidden[0, -1] @ scorer.score.weight[0]).detach()))
-    assert segment_scores(scorer, prompts, segments).tolist() == pytest.approx(plain, abs=1e-5)
+    assert segment_scores(scorer, list(zip(prompts, segments))).tolist() == pytest.approx(plain, abs=1e-5)
     assert len(set(plain)) == 4 and scorer.score.weight.shape == (1, 32)
 
 
 def test_batches_keep_the_budget_and_hold_every_prompt_once():
     prompts = [[0] * n for n in (5, 50, 5, 5, 5)]
     segments = [[[0] * 4] * 3, [[0] * 10], [], [[0] * 30], [[0] * 2] * 2]
-    ranges = list(within_budget(prompts, segments, 70))
-    assert [i for start, stop in ranges for i in range(start, stop)] == [0, 1, 2, 3, 4]
-    for start, stop in ranges:
-        some = [s for part in segments[start:stop] for s in part]
-        padded = (stop - start) * max(map(len, prompts[start:stop])) + len(some) * max(map(len, some), default=0)
-        assert padded <= 70 or stop - start == 1
-    assert len(ranges) == 3 and list(within_budget([], [], 70)) == []
+    items = list(zip(prompts, segments))
+    batches = list(within_budget(items, 70))
+    assert sum(batches, []) == [item for item in items if item[1]] and len(batches) == 4
+    for batch in batches:
+        rows = [segment for _, some in batch for segment in some]
+        assert len(batch) * max(len(p) for p, _ in batch) + len(rows) * max(map(len, rows)) <= 70 or len(batch) == 1
+    assert list(within_budget([], 70)) == [] == list(within_budget([([1], []), ([2], [])], 70))
 
 
 def test_r_content_is_the_mean_sigmoid_of_the_present_stages(monkeypatch):
@@ -95,7 +95,7 @@ def test_r_content_is_the_mean_sigmoid_of_the_present_stages(monkeypatch):
 def test_equal_segments_are_scored_once_and_scores_are_centred(scorer, monkeypatch):
     content = load_content_model(TINY_CONTENT)
     seen, plain = [], rewards.segment_scores
-    monkeypatch.setattr(rewards, "segment_scores", lambda m, p, s: (seen.append(sum(map(len, s))), plain(m, p, s))[1])
+    monkeypatch.setattr(rewards, "segment_scores", lambda m, batch: (seen.append(sum(len(s) for _, s in batch)), plain(m, batch))[1])
     a, b = (STAGES[0], "Anna noticed the box."), (STAGES[1], "Anna thinks the ball is in the box.")
     groups = [("Anna put the ball in the box.", "Where?", [a, b, a]), ("Ben left.", "Why?", [a]), ("", "", [])]
     scores = content.score(groups)
@@ -107,14 +107,14 @@ def test_equal_segments_are_scored_once_and_scores_are_centred(scorer, monkeypat
     assert content.score(groups)[1] == pytest.approx([scores[1][0] - 1], abs=1e-6) and centre == content.model.config.raw["content_centre"]
 
 
-HOSTILE = ["", " ", "\0", "<|im_end|>" * 50, "<think>", "é" * 9999, "漢" * 3000, "a" * 1_000_000, "\ud7ff\ue000\U0010ffff", "A. B) (C)\n" * 400]
+HOSTILE = ["", " ", "\0", "<|im_end|>" * 50, "<think>", "é" * 9999, "漢" * 3000, "a" * 1_000_000, "\ud7ff\ue000\U0010ffff", "half a pair \ud83d", "A. B) (C)\n" * 400]
 
 
 def test_any_text_has_a_score_and_a_story_beyond_the_context_says_so():
     content = load_content_model(TINY_CONTENT)
     scores = content.score([("Anna left.", "Where?", [(STAGES[0], text) for text in HOSTILE])])[0]
     assert len(scores) == len(HOSTILE) and all(map(math.isfinite, scores))
-    with pytest.raises(ValueError, match="a story takes [0-9]+ tokens, the content model's context is 1024"):
+    with pytest.raises(ValueError, match="a story takes [0-9]+ of the 1024 tokens of the content model's context"):
         content.score([("Anna left. " * 2000, "Where?", [(STAGES[0], "x")])])
 
 
@@ -236,8 +236,8 @@ def test_examine_counts_and_centres(monkeypatch):
 def test_content_models_are_checkpoints_of_sequence_classifiers(tmp_path, scorer):
     save_model(scorer, tmp_path / "scorer")
     tokens = torch.tensor([[5, 9, 2, 3]])
-    ours = segment_scores(load_model(tmp_path / "scorer"), [[5, 9]], [[[2, 3]]])
-    assert ours.tolist() == segment_scores(scorer, [[5, 9]], [[[2, 3]]]).tolist()
+    ours = segment_scores(load_model(tmp_path / "scorer"), [([5, 9], [[2, 3]])])
+    assert ours.tolist() == segment_scores(scorer, [([5, 9], [[2, 3]])]).tolist()
     with pytest.raises(ValueError, match="is a language model, no content model"):
         load_content_model(TINY)
     transformers = pytest.importorskip("transformers")
@@ -258,16 +258,16 @@ def test_pair_files_are_read_and_their_mistakes_named(tmp_path):
     assert read_pairs(file) == [Pair("s", "q", STAGES[2], "a", "b"), Pair("s", "q", STAGES[2], "a", "b", "k")]
     for text, message in [
         ("", "no pairs in it"),
-        ("{", "line 1: not readable as JSON"),
-        ("[1]", "line 1: expected an object with the texts story, question"),
-        (json.dumps(row) + "\n" + json.dumps(row | {"chosen": 7}), "line 2: expected an object with the texts"),
-        (json.dumps(row | {"rejected": " "}), "line 1: expected an object"),
-        (json.dumps(row | {"stage": "Thinking"}), "line 1: stage 'Thinking'; expected one of Cue Encoding"),
+        ("{", "pairs.jsonl:1: not JSON"),
+        ("[1]", "pairs.jsonl:1: expected a JSON object, got list"),
+        (json.dumps(row) + "\n" + json.dumps(row | {"chosen": 7}), "pairs.jsonl:2: expected the texts story, question"),
+        (json.dumps(row | {"rejected": " "}), "pairs.jsonl:1: expected the texts"),
+        (json.dumps(row | {"stage": "Thinking"}), "pairs.jsonl:1: stage 'Thinking'; expected one of Cue Encoding"),
     ]:
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_pairs(file)
-    with pytest.raises(ValueError, match="none.jsonl: not readable"):
+    with pytest.raises(ValueError, match="none.jsonl: No such file"):
         read_pairs(tmp_path / "none.jsonl")
 
 
@@ -287,7 +287,7 @@ def test_the_command_line(tmp_path):
     assert code == 0, err
     assert "  rollout" in out and len(read_pairs(tmp_path / "rolled" / "pairs.jsonl")) >= 6
     for arguments, message in [
-        (("--pairs", str(tmp_path / "none")), "none: not readable"),
+        (("--pairs", str(tmp_path / "none")), "none: No such file"),
         (("--pairs", str(pairs), "--from-rollouts", str(TINY)), "exclude each other"),
         (("--model", str(tmp_path / "none")), "no such model folder"),
         (("--out", str(tmp_path)), "is no checkpoint folder"),

@@ -159,4 +159,4 @@ def test_degenerate_policies_earn_little():
     for name in names[hacking.GUESSING]:
         assert paid[name][0] <= 0.6 * 0.93 * honest, (name, paid[name], honest)
     for name in names[hacking.RIGHT]:
-        assert paid[name][0] < 0.93 * honest, (name, paid[name], honest)
+        assert paid[name][0] < 0.97 * honest, (name, paid[name], honest)

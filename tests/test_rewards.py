@@ -113,6 +113,32 @@ def test_the_total_is_the_paper_s_form():
     assert (format_reward(respond(CE, answer="E"), PROBLEM), outcome_reward(respond(CE, answer="E"), PROBLEM)) == (0.0, 0.0)
 
 
+def test_each_term_goes_off_by_one_flag():
+    response = respond(CE, CI, GC)  # coverage 3/4; "a b c d" said twice would show in R_len, so take its window: 0.5 at 32 tokens
+    terms = dict(out=1.0, struct=0.5 * 0.75, content=0.5 * 0.25)
+
+    def total(without, response=response, **weights):
+        return total_reward(response, PROBLEM, 32, content=0.25, config=RewardConfig(without=without, **weights)).total
+
+    assert total("") == pytest.approx(0.5 * sum(terms.values()), abs=1e-6)
+    for name, value in terms.items():
+        assert total(name) == pytest.approx(0.5 * (sum(terms.values()) - value), abs=1e-6)
+        assert total("", **{f"w_{name}": 0.0}) == pytest.approx(total(name), abs=1e-12)
+    assert total("len") == pytest.approx(sum(terms.values()), abs=1e-6)
+    assert total("struct,content,len") == 1.0  # the paper's "only R_out"
+    broken = parse_response("<think>\n" + CE + "</think>\n<Answer> A </Answer>.", PROBLEM)
+    assert total("", broken) == 0.0 and total("fmt,len", broken) == pytest.approx(1 + 0.5 * 0.25 + 0.5 * 0.25, abs=1e-9)
+    assert total_reward(response, PROBLEM, 32, content=0.25, config=RewardConfig(without="content")).parts["content"] is None
+    with pytest.raises(ValueError, match="--without length: expected any of fmt,out,struct,content,len"):
+        RewardConfig(without="length")
+
+
+def test_weights_follow_the_curriculum():
+    config = RewardConfig(w_struct=0.4, w_content=0.6)
+    assert config.weights(0.5, content=True) == {"out": 1.0, "struct": 0.2, "content": 0.3}
+    assert config.weights(0.5, content=False) == {"out": 1.0, "struct": 0.2, "content": 0.0}
+
+
 @pytest.mark.parametrize("unit", ["A. ", "(A) ", "option ", "in the bag that ", "a", "答案", "\n", "Cue Encoding: x\n", "option\n"])
 def test_a_megabyte_of_anything_has_a_reward_in_under_a_second(unit):
     response = respond(unit * (1_000_000 // len(unit)))
