@@ -1,4 +1,23 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a module's command line in this process: (main, *arguments) -> exit code, output, errors."""
+    from socialr1 import exit_on_error
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        code = 0
+        try:
+            exit_on_error(main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run

@@ -2,8 +2,6 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -271,19 +269,15 @@ def test_pair_files_are_read_and_their_mistakes_named(tmp_path):
         read_pairs(tmp_path / "none.jsonl")
 
 
-def test_the_command_line(tmp_path):
-    def command(*arguments):
-        done = subprocess.run([sys.executable, "rewards.py", *arguments], cwd=TINY.parents[1], capture_output=True, text=True, timeout=200)
-        return done.returncode, done.stdout, done.stderr
-
+def test_the_command_line(tmp_path, command):
     pairs = tmp_path / "pairs.jsonl"
-    rewards.write_pairs(pairs, PAIRS[:200])
-    code, out, err = command("--pairs", str(pairs), "--out", str(tmp_path / "content"), "--batch", "32")
+    rewards.write_pairs(pairs, PAIRS[:100])
+    code, out, err = command(rewards.main, "--pairs", str(pairs), "--out", str(tmp_path / "content"), "--batch", "32")
     assert code == 0, err
     assert f"next: python grpo.py --content {tmp_path / 'content'}" in out and "  wrong person" in out and "  Cue Encoding" in out
     trained = load_content_model(tmp_path / "content")
     assert trained.centre != 0 and (tmp_path / "content" / "tokenizer.json").exists()
-    code, out, err = command("--from-rollouts", str(TINY), "--problems", "6", "--samples", "5", "--out", str(tmp_path / "rolled"))
+    code, out, err = command(rewards.main, "--from-rollouts", str(TINY), "--problems", "5", "--samples", "5", "--out", str(tmp_path / "rolled"))
     assert code == 0, err
     assert "  rollout" in out and len(read_pairs(tmp_path / "rolled" / "pairs.jsonl")) >= 6
     for arguments, message in [
@@ -294,5 +288,5 @@ def test_the_command_line(tmp_path):
         (("--lr", "0"), "--lr above 0"),
         (("--count", "1"), "--count 1: expected at least 5"),
     ]:
-        code, out, err = command(*arguments)
+        code, out, err = command(rewards.main, *arguments)
         assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, (arguments, err)

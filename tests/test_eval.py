@@ -1,16 +1,13 @@
 """Readers on rows written for these tests in the benchmarks' formats (shared/data/FORMATS.md), and the measures by hand."""
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import eval
 from eval import measure, read_benchmark, read_files, summarise, table
 from socialr1 import Problem
-
-ROOT = Path(__file__).parent.parent
 
 
 def tombench_row(**changes):
@@ -117,18 +114,13 @@ def test_measures_by_hand():
     assert only["control"] is None and only["shortcut_gap"] is None
 
 
-def command(*arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    return done.returncode, done.stderr
-
-
-def test_the_command_line_fails_in_one_line(tmp_path):
+def test_the_command_line_fails_in_one_line(tmp_path, command):
     bad = write(tmp_path, "bad.jsonl", "{")
     for arguments, message in [
-        (["eval.py", "--bogus"], "error: unrecognized arguments: --bogus; see --help"),
-        (["eval.py", "--model", str(tmp_path / "none")], f"error: {tmp_path}/none: no such model folder"),
-        (["eval.py", "--data", str(bad)], f"error: {bad}:1: not JSON"),
-        (["eval.py", "--data", str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),
+        (["--bogus"], "error: unrecognized arguments: --bogus; see --help"),
+        (["--model", str(tmp_path / "none")], f"error: {tmp_path}/none: no such model folder"),
+        (["--data", str(bad)], f"error: {bad}:1: not JSON"),
+        (["--data", str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),
     ]:
-        code, err = command(*arguments)
+        code, _, err = command(eval.main, *arguments)
         assert code == 2 and err.startswith(message) and err.count("\n") == 1, err

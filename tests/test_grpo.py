@@ -6,15 +6,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import grpo
-from eval import TINY, measure, summarise
+from eval import measure, summarise
 from grpo import (
     ColdStartConfig,
     GRPOConfig,
@@ -34,7 +32,7 @@ from grpo import (
 )
 from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
-from socialr1 import build_messages, generate_problems, generate_stories
+from socialr1 import TINY, TINY_CONTENT, build_messages, generate_problems, generate_stories
 
 NAN = float("nan")
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
@@ -268,19 +266,17 @@ def test_settings_that_would_train_something_else_are_refused():
             replace(CONFIG, **changes)
 
 
-def test_the_command_line(tmp_path):
-    def command(*arguments):
-        done = subprocess.run([sys.executable, "grpo.py", *arguments], cwd=TINY.parent.parent, capture_output=True, text=True, timeout=200)
-        return done.returncode, done.stdout, done.stderr
-
+def test_the_command_line(tmp_path, command):
     rows = [{"story": f"s{i}", "question": "q", "options": ["a", "b"], "answer": "A"} for i in range(12)]
     data, bench = tmp_path / "mine.jsonl", tmp_path / "bench.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
     bench.write_text("\n".join(json.dumps({"STORY": "s", "故事": "s", "QUESTION": "q", "问题": "q", "OPTION-A": "a", "OPTION-B": "b", "选项A": "a", "选项B": "b", "答案\nANSWER": "A"}) for _ in range(12)))  # fmt: skip
     small = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8"]
-    code, out, err = command("--data", str(data), str(bench), "--out", str(tmp_path / "run"), *small)
+    code, out, err = command(grpo.main, "--data", str(data), str(bench), "--out", str(tmp_path / "run"), *small)
     assert code == 0, err
-    assert "12 problems (problems)" in err + out and "R_content is off" in err + out
+    assert "12 problems (problems)" in err + out and f"R_content from {TINY_CONTENT}" in err + out
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["weights"] == {"out": 1.0, "struct": 0.5, "content": 0.5} and 0 <= line["content"] <= 1 and 0 < line["content_share"] < 1
     assert "WARNING: ToMBench asks in so many words that its items never be trained on" in err + out
     assert "held out before" in out and "next: python eval.py --model" in out
     for arguments, message in [
@@ -290,11 +286,13 @@ def test_the_command_line(tmp_path):
         (("--model", str(tmp_path / "none")), "no such model folder"),
         (("--group-size", "1"), "at least 2"),
         (("--steps", "many"), "invalid int value"),
+        (("--without", "form"), "--without form: expected any of"),
+        (("--content", str(TINY)), "is a language model, no content model"),
         (("--w-struct", "nan"), "must be finite"),
         (("--cold-start", str(tmp_path)), "no checkpoint folder"),
         (("--data", str(data), "--out", str(tmp_path / "none"), "--prompts", "200"), "lower it"),
     ]:
-        code, out, err = command(*arguments)
+        code, out, err = command(grpo.main, *arguments)
         assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1, (arguments, err)
     assert not (tmp_path / "none").exists()
 

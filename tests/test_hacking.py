@@ -151,7 +151,7 @@ def test_a_megabyte_of_one_character_is_rewarded_in_under_a_second(char):
 
 
 def test_degenerate_policies_earn_little():
-    stories = generate_stories(120, 1, "test")
+    stories = generate_stories(40, 1, "test")
     paid = hacking.mean_rewards(stories, Tokenizer(TINY), load_content_model(TINY_CONTENT))
     names, honest = list(paid), paid["honest (gold traces)"][0]
     assert honest > 1.7
