@@ -512,7 +512,8 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
 def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
     """Held-out pairwise accuracy, overall, by stage and by kind; and the centre: the mean score of all segments."""
     groups = by_story(pairs)
-    scores = torch.cat([segment_scores(scorer.model, batch) for batch in encode_pairs(scorer, groups, 32768)]).view(-1, 2)
+    batches = tqdm(list(encode_pairs(scorer, groups, 16384)), desc="held-out pairs", unit="batch", leave=False)
+    scores = torch.cat([segment_scores(scorer.model, batch) for batch in batches]).view(-1, 2)
     right = (scores[:, 0] > scores[:, 1]).tolist()
     ordered = [pair for some in groups for pair in some]
 
@@ -584,14 +585,15 @@ def main() -> None:
         pairs, held_out = hold_out(rollout_pairs(policy, tokenizer, stories, args.samples, config.seed), config.seed)
         del policy
     else:
-        pairs, held_out = story_pairs(args.count, config.seed), story_pairs(2000, config.seed, "test")
+        pairs, held_out = story_pairs(args.count, config.seed), story_pairs(min(2000, args.count), config.seed, "test")
     scorer = ContentModel(with_scalar_head(load_model(args.model, args.device), config.seed), Tokenizer(args.model))
     print(f"{len(pairs)} pairs of {len(by_story(pairs))} stories; {len(held_out)} pairs of {len(by_story(held_out))} other stories held out")
     train_content_model(scorer, pairs, config)
+    model, stored = scorer.model, torch.bfloat16 if args.model == TINY else torch.float32
+    model.to(stored).float()  # examined as it will be loaded
     result = examine(scorer, held_out)
-    model = scorer.model
     model.config = replace(model.config, raw=model.config.raw | {"content_centre": result["centre"]})
-    save_model(model.to(torch.bfloat16) if args.model == TINY else model, args.out)
+    save_model(model.to(stored), args.out)
     if args.from_rollouts:
         write_pairs(args.out / "pairs.jsonl", pairs + held_out)
     print(f"{show(result)}\ncontent model: {args.out}\nnext: python grpo.py --content {args.out}")
