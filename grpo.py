@@ -386,7 +386,7 @@ class Run:
     def saved(self) -> dict:
         """What must be equal for a run to be resumed."""
         return {
-            "model": str(self.model), "content": str(self.content), "data": [str(path) for path in self.data], "lang": self.lang,
+            "model": str(self.model), "content": str(self.content.resolve()) if self.content else None, "data": [str(path) for path in self.data], "lang": self.lang,
             **asdict(self.config), **asdict(self.rewards),
         }  # fmt: skip
 
@@ -532,7 +532,7 @@ def train_step(
         "lr": lr,
         "tokens_per_second": tokens / (clock[1] - clock[0]),
         "seconds": {name: b - a for name, a, b in zip(("rollout", "content", "score", "update"), clock, clock[1:])},
-        "content_share": (clock[2] - clock[1]) / (clock[-1] - clock[0]),  # of the step's time
+        "content_share": (clock[2] - clock[1]) / (clock[-1] - clock[0]) if scorer else None,  # of the step's time
     }
 
 

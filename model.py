@@ -697,8 +697,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, scalar: bool | None = False
+) -> Transformer:
     """Load a Hugging Face checkpoint folder (single or sharded safetensors); ValueError names what does not fit.
+
+    A language model, unless `scalar` asks for one with a scalar head (True) or takes either (None).
 
     Names and shapes are compared before anything is read; then each tensor goes from its file into the wanted dtype and device by
     itself, the largest first, so that memory peaks at hardly more than the weights.
@@ -707,6 +711,9 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder; expected one with config.json and model.safetensors")
     config = ModelConfig.from_json(read_json(folder / "config.json"))
+    if scalar not in (config.scalar, None):
+        kinds = "language model", "content model (with a scalar head)"
+        raise ValueError(f"{folder} is a {kinds[config.scalar]}; expected a {kinds[scalar]}")
     with torch.device("meta"):
         model = Transformer(config)
     places = _find_tensors(folder, dict(model.named_parameters(remove_duplicate=False)), config)
@@ -870,9 +877,13 @@ class Tokenizer:
             stops.update(ids)
         return stops
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added. ValueError: half of a surrogate pair, which no file in UTF-8 can hold."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of a text, nothing added. Unless `special`, the name of a special token is text like any other.
+
+        ValueError: half of a surrogate pair, which no file in UTF-8 can hold.
+        """
         text.encode("utf-8")  # the library's own error is a TypeError about something else
+        self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:

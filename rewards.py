@@ -43,6 +43,7 @@ from socialr1 import (
     Problem,
     Response,
     Story,
+    View,
     believed,
     build_messages,
     exit_on_error,
@@ -88,7 +89,7 @@ class RewardConfig:
 
     @property
     def off(self) -> set[str]:
-        return set(filter(None, self.without.split(",")))
+        return set(filter(None, map(str.strip, self.without.split(","))))
 
     def weights(self, tau: float, content: bool) -> dict[str, float]:
         """What the terms of the sum count at this point of the curriculum."""
@@ -103,7 +104,7 @@ class Reward:
 
 
 def format_reward(response: Response, problem: Problem) -> float:
-    """R_fmt in {0, 1}: one think block with text, then one answer block with one existing letter, nothing else."""
+    """R_fmt in {0, 1} [P]: one think block with text, then one answer block with one existing letter, nothing else."""
     return float(response.well_formed)
 
 
@@ -126,18 +127,27 @@ def words(text: str) -> list[str]:
 _NAMED_LETTER = re.compile(
     r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i:[ \t]{0,3}(?:is\b|是))?[ \t:：*\"'“‘(\[]{0,4}([A-Z])" + rf"(?![^\W{_CJK}])"
     r"|[(（]([A-Z])[)）]"
-    r"|^[ \t]{0,8}([A-Z])[.)]",
+    r"|^[ \t]{0,8}(?:[-*•][ \t]{0,3})?([A-Z])[.)]",
     re.MULTILINE,
 )
+# Spellings that look the same: full-width letters and brackets, other spaces; characters that nobody sees are dropped.
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0xA0, *range(0x2000, 0x200B), 0x202F, 0x3000), " ")
+_PLAIN |= dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xFEFF))
 
 
 def names_option(text: str, problem: Problem) -> bool:
-    """Does the text name an option: by its letter, or by quoting one of four words or more (METHOD.md section 3)?"""
-    if any(match[match.lastindex] in problem.letters for match in _NAMED_LETTER.finditer(text)):
+    """Does the text name an option: by its letter, or by quoting one of four words or more (METHOD.md section 3)?
+
+    By its letter: a capital after "option", "choice" or "answer" ("Option A is wrong" names it, too), in parentheses, or at a
+    line's start before "." or ")", bullets aside. Small letters number lists; "It is B", "[B]", "the second one" are not caught.
+    """
+    if any(match[match.lastindex] in problem.letters for match in _NAMED_LETTER.finditer(text.translate(_PLAIN))):
         return True
+    runs = [run for option in problem.options if len(run := words(option)) >= 4]
+    if not runs:
+        return False
     quoted, known = (f" {' '.join(words(t))} " for t in (text, f"{problem.story}\n{problem.question}"))
-    runs = [words(option) for option in problem.options]
-    return any(len(run) >= 4 and (needle := f" {' '.join(run)} ") in quoted and needle not in known for run in runs)
+    return any((needle := f" {' '.join(run)} ") in quoted and needle not in known for run in runs)
 
 
 def stage_order(response: Response) -> float:
@@ -233,12 +243,12 @@ class ContentModel:
     """R_content: a transformer with a scalar head, which scores the text of one stage for its grounding in the story [P].
 
     It reads the story and the question, not the options, and then one stage. Bradley-Terry scores have no zero of their own:
-    `centre`, the mean score of held-out segments, true and false in equal number, is what a probability of 0.5 stands for.
+    `centre`, the mean score of a stage's held-out segments, true and false in equal number, is what a probability of 0.5 stands for.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.centre = float(model.config.raw.get("content_centre", 0.0))
+        self.centre = model.config.raw.get("content_centre") or dict.fromkeys(STAGES, 0.0)
 
     def encode(self, story: str, question: str, segments: list[Segment]) -> tuple[list[int], list[list[int]]]:
         """Ids of the prompt, and of each segment. What goes beyond the context is cut off, long before it is all read."""
@@ -248,7 +258,7 @@ class ContentModel:
         if room < 32:
             raise ValueError(f"a story takes {len(prompt)} of the {context} tokens of the content model's context: leave it out")
         texts = (f"{stage}: {text[: 20 * room]}".encode("utf-8", "replace").decode() for stage, text in segments)
-        return prompt, [self.tokenizer.encode(text)[:room] for text in texts]
+        return prompt, [self.tokenizer.encode(text, special=False)[:room] for text in texts]  # a policy cannot end the turn
 
     @torch.inference_mode()
     def score(self, asked: list[tuple[str, str, list[Segment]]], token_budget: int = 32768) -> list[list[float]]:
@@ -258,9 +268,9 @@ class ContentModel:
         """
         distinct = [(story, question, list(dict.fromkeys(some))) for story, question, some in asked]
         batches = within_budget([self.encode(*one) for one in distinct], token_budget)
-        values = iter([value - self.centre for batch in batches for value in segment_scores(self.model, batch).tolist()])
-        found = [{segment: next(values) for segment in some} for _, _, some in distinct]
-        return [[scores[segment] for segment in some] for scores, (_, _, some) in zip(found, asked)]
+        values = iter([value for batch in batches for value in segment_scores(self.model, batch).tolist()])
+        scores = [{segment: next(values) - self.centre[segment[0]] for segment in some} for _, _, some in distinct]
+        return [[of_segment[segment] for segment in some] for of_segment, (_, _, some) in zip(scores, asked)]
 
     def rewards(self, problems: list[Problem], groups: list[list[Response]]) -> list[list[float]]:
         """R_content in [0, 1] of every response: the mean over its present stages of sigmoid(score); 0 when none is present."""
@@ -276,17 +286,20 @@ def mean(values: list[float]) -> float:
 
 def load_content_model(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ContentModel:
     """Load a content model that `python rewards.py` has trained; ValueError: any other checkpoint."""
-    model = load_model(path, device, dtype)
-    if not model.config.scalar:
-        raise ValueError(f"{path} is a language model, no content model: train one with python rewards.py --model {path}")
-    return ContentModel(model.requires_grad_(False), Tokenizer(path))
+    model = load_model(path, device, dtype, scalar=True).requires_grad_(False)
+    centre = model.config.raw.get("content_centre")
+    if not isinstance(centre, dict) or not all(type(centre.get(stage)) is float and math.isfinite(centre[stage]) for stage in STAGES):
+        raise ValueError(f"{path}/config.json: content_centre is {centre!r}; expected a number for each stage: was it made by rewards.py?")
+    return ContentModel(model, Tokenizer(path))
 
 
 def segment_scores(model: Transformer, batch: list[Encoded]) -> Tensor:
     """Scalar head at the last token of each segment -> (B,) in fp32, B segments of P prompts. Differentiable.
 
-    As in sampling, a prompt goes through the network once, and its segments share the cache.
+    As in sampling, a prompt goes through the network once, and its segments share the cache. ValueError: an empty prompt or segment.
     """
+    if not any(segments for _, segments in batch) or not all(prompt and all(segments) for prompt, segments in batch):
+        raise ValueError("no segment, or a prompt or segment without tokens: nothing to score")
     device = model.embed_tokens.weight.device
     rows = [segment for _, segments in batch for segment in segments]
     owner = torch.tensor([p for p, (_, segments) in enumerate(batch) for _ in segments], dtype=torch.long, device=device)  # (B,)
@@ -295,8 +308,8 @@ def segment_scores(model: Transformer, batch: list[Encoded]) -> Tensor:
     model.hidden(tokens, prefill)
     tokens, valid = pad(rows, "right", device)  # (B, T)
     hidden = model.hidden(tokens, Sequences(valid, prefill, owner))  # (B, T, d)
-    last = hidden[torch.arange(len(rows), device=device), valid.sum(dim=1) - 1]  # (B, d)
-    return model.score(last)[:, 0].float()
+    at_end = hidden[torch.arange(len(rows), device=device), valid.sum(dim=1) - 1]  # (B, d)
+    return model.score(at_end)[:, 0].float()
 
 
 def within_budget(items: list[Encoded], budget: int) -> Iterator[list[Encoded]]:
@@ -330,36 +343,52 @@ class Pair:
 
 # Where facts are known, a false segment is a true one with one fact corrupted [O]. Each kind occurs in both directions (an unseen
 # event reported as seen, a seen one as missed; reality instead of the belief, an outdated belief instead of reality; two people
-# exchanged), so that no word tells true from false: only the story does.
-KINDS = ("wrong person", "unseen event treated as seen", "reality reported as belief", "goal of somebody else", "invented cue")
+# exchanged), so that the words of a segment do not tell true from false: one has to read the story, or, for wrong people, at
+# least the question. The last kind is no corruption but nonsense, fragments and other people's stories: without it such texts,
+# which no pair would ever mention, could have any score.
+KINDS = (
+    "wrong person", "unseen event treated as seen", "reality reported as belief", "goal of somebody else", "invented cue", "off topic",
+)  # fmt: skip
 
 
 def corruptions(story: Story, twin: Story, rng: random.Random) -> dict[str, list[tuple[int, str]]]:
-    """False variants of a story's four true segments, by kind: (stage, text).
+    """False variants of a story's four true segments [O], by kind: (number of the stage, text).
 
     The twin is the same story with one event moved, so its segments hold the one wrong cue, belief or conclusion; exchanging
-    people, or naming a thing that the story does not, gives the others. What would be true by accident is left out.
+    people, or naming a thing that the story does not, gives others. What would be true all the same is left out.
     """
-    gold, of_twin, cast, family = gold_stages(story), gold_stages(twin), story.cast, FAMILY[story.problem.ability]
-    other = cast.get("y") or cast["m"]
-    found: dict[str, list[tuple[int, str]]] = {kind: [] for kind in KINDS}
-    for i in range(4):
-        found[KINDS[1] if i == 0 else KINDS[2]].append((i, of_twin[i]))
+    gold, of_twin, cast, ability = gold_stages(story), gold_stages(twin), story.cast, story.problem.ability
+    family, lexicon = FAMILY[ability], SHIFT if story.problem.source.endswith("shift") else MAIN
+    x, other = cast["x"], cast.get("y") or cast["m"]
     of_x, of_other = views_of_two(story, other)
-    for i, facts in ((0, (of_x, of_other)), (1, (last(of_x), last(of_other))), (3, (last(of_x), last(of_other)))):
-        if facts[0] != facts[1] or family in ("wish", "plan"):  # there the exchange changes whose wish it is, too
-            found[KINDS[0]].append((i, exchange(gold[i], cast["x"], other)))
-    found[KINDS[3]].append((2, exchange(gold[2], cast["x"], cast["m"] if story.problem.ability == "knowledge" else other)))
-    things = (SHIFT if story.problem.source.endswith("shift") else MAIN).values[family]
+    same_view, same_belief = of_x == of_other, beliefs(of_x) == beliefs(of_other)
+    person, unseen, reality, goal, invented, off_topic = ([] for _ in KINDS)
+
+    unseen.append((0, of_twin[0]))
+    # both feelings about both presents are facts of the story
+    reality += [(i, of_twin[i]) for i in (1, 2, 3) if (i, ability) != (2, "emotion")]
+    if not same_view:
+        person.append((0, exchange(gold[0], x, other)))
+    if not same_belief or family in ("wish", "plan"):  # there the exchange changes whose wish or plan it is, too
+        person.append((1, exchange(gold[1], x, other)))
+        if ability != "intention" or beliefs(of_x) != [replay(story).value]:  # M is where M plans to be
+            person.append((3, exchange(gold[3], x, other)))
+    if ability == "intention":  # to meet is mutual: a stranger's goal
+        stranger = rng.choice([name for name in lexicon.names if name not in story.problem.story])
+        goal.append((2, exchange(gold[2], x, stranger)))
+    else:
+        goal.append((2, exchange(gold[2], x, cast["m"] if ability == "knowledge" else other)))
     for i in range(4):
-        if named := [match for match in re.finditer(r"\w+", gold[i]) if match[0] in things]:
+        if named := [match for match in re.finditer(r"\w+", gold[i]) if match[0] in lexicon.values[family]]:
             match = rng.choice(named)
-            absent = rng.choice([thing for thing in things if thing not in story.problem.story])
-            found[KINDS[4]].append((i, gold[i][: match.start()] + absent + gold[i][match.end() :]))
-    return {kind: [(i, text) for i, text in some if text != gold[i]] for kind, some in found.items()}
+            absent = rng.choice([thing for thing in lexicon.values[family] if thing not in story.problem.story])
+            invented.append((i, gold[i][: match.start()] + absent + gold[i][match.end() :]))
+        off_topic.append((i, nonsense(gold[i], story, rng)))
+    by_kind = zip(KINDS, (person, unseen, reality, goal, invented, off_topic))
+    return {kind: [(i, text) for i, text in some if text != gold[i]] for kind, some in by_kind}
 
 
-def views_of_two(story: Story, other: str) -> tuple[list, list]:
+def views_of_two(story: Story, other: str) -> tuple[list[View], list[View]]:
     """What X and the other person perceived, as the trace reports it, on whatever level of minds that is."""
     world, x, m = replay(story), story.cast["x"], story.cast["m"]
     if story.problem.ability == "non-literal communication":  # what each perceived, and knows of the other
@@ -369,16 +398,39 @@ def views_of_two(story: Story, other: str) -> tuple[list, list]:
     return [world.views[x]], [world.views[other]]
 
 
-def last(views: list) -> list[str]:
+def beliefs(views: list[View]) -> list[str]:
     return [believed(view) for view in views]
 
 
 def exchange(text: str, a: str, b: str) -> str:
+    """The text with a and b in each other's place."""
     return re.sub(rf"\b({a}|{b})\b", lambda match: b if match[0] == a else a, text)
 
 
+def nonsense(true: str, story: Story, rng: random.Random) -> str:
+    """Something that says nothing about the story: pieces of words, a piece of the story or of the segment, or another story's segment."""
+    sort, length = rng.randrange(5), len(true.split())
+    words_at_hand = f"{story.problem.story} {story.problem.question} {story.trace} {' '.join(story.cast.values())}".split()
+    if sort <= 1:  # as many words as the segment, or fewer, or more; whole ones or pieces
+        count = rng.randint(1, 3) if sort else rng.randint(1, 2 * length)
+        pieces = [rng.choice(words_at_hand) if rng.random() < 0.5 else "".join(rng.sample(_LETTERS, rng.randint(1, 3))) for _ in range(count)]
+        pieces = [piece if rng.random() < 0.5 else piece[: rng.randint(1, 4)] for piece in pieces]
+        return rng.choice((" ", " ", "")).join(pieces)
+    if sort == 2:
+        start = rng.randrange(length)
+        return " ".join(true.split()[start : start + rng.randint(1, max(1, length // 2))])
+    if sort == 3:
+        start = rng.randrange(len(words_at_hand))
+        return " ".join(words_at_hand[start : start + rng.randint(1, 2 * length)])
+    stranger = rng.choice(generate_stories(24, rng.randrange(10**6)))
+    return rng.choice(gold_stages(stranger))
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;!?'-<>|/0123456789"
+
+
 def story_pairs(n: int, seed: int, split: str = "train") -> list[Pair]:
-    """`n` pairs from generated stories, hard and control alike; all kinds equally often (n is rounded down to a multiple of 5)."""
+    """`n` pairs from generated stories, hard and control alike; all kinds equally often (n is rounded down to a multiple of 6)."""
     rng = random.Random(f"pairs {split} {seed}")
     by_kind: dict[str, list[Pair]] = {kind: [] for kind in KINDS}
     for part in itertools.count():
@@ -400,6 +452,8 @@ def read_pairs(path: Path) -> list[Pair]:
     for number, row in read_rows(path):
         if not all(isinstance(row.get(name), str) and row[name].strip() for name in names):
             raise ValueError(f"{path}:{number}: expected the texts {', '.join(names)}")
+        if row["chosen"] == row["rejected"] or any("\ud800" <= char <= "\udfff" for name in names for char in row[name]):
+            raise ValueError(f"{path}:{number}: chosen and rejected are the same, or a text holds half a surrogate pair")
         if row["stage"] not in STAGES:
             raise ValueError(f"{path}:{number}: stage {row['stage']!r}; expected one of {', '.join(STAGES)}")
         pairs.append(Pair(*(row[name] for name in names), kind=str(row.get("kind") or "")))
@@ -409,17 +463,22 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def agreement(story: Story, stage: str, text: str) -> float:
-    """How well a segment agrees with the facts, in [0, 1]: F1 of its sentences and those of the true segment."""
-    sentences = [set(re.split(r"(?<=[.!?])\s+", t.strip())) for t in (text, gold_stages(story)[STAGES.index(stage)])]
-    return 2 * len(sentences[0] & sentences[1]) / (len(sentences[0]) + len(sentences[1]))
+    """How well a segment agrees with the facts, in [0, 1]: F1 of its sentences and those of the true segment [O].
+
+    It knows the simulator's wording only, whatever the case and the punctuation: no judge of free text.
+    """
+    ours, true = (
+        {tuple(words(sentence)) for sentence in re.split(r"(?<=[.!?])\s+", t.strip())} for t in (text, gold_stages(story)[STAGES.index(stage)])
+    )
+    return 2 * len(ours & true) / (len(ours) + len(true))
 
 
 def rollout_pairs(
     policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, seed: int
 ) -> list[Pair]:
-    """The paper's way: K trajectories per problem, cut into stages; the best segment of a stage against each worse one [P].
+    """The paper's way: K trajectories per problem, cut into stages, segments of the same stage paired [P].
 
-    The paper asks a judge which is better; generated stories know (`agreement`) [O].
+    The paper asks a judge which is better. Here, on generated stories, a wholly true segment stands against each that is not [O].
     """
     prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
     pairs, prefix = [], tokenizer.think_prefix()
@@ -429,10 +488,9 @@ def rollout_pairs(
             responses = [parse_response(prefix + tokenizer.decode(completion.tokens), story.problem) for completion in group]
             for stage in STAGES:
                 texts = dict.fromkeys(text for response in responses for name, text in response.stages if name == stage)
-                scores = {text: agreement(story, stage, text) for text in texts}
-                best = max(texts, key=scores.get, default="")
-                worse = [text for text in texts if scores[text] < scores[best]]
-                pairs += [Pair(story.problem.story, story.problem.question, stage, best, text, "rollout") for text in worse]
+                true = [text for text in texts if agreement(story, stage, text) == 1]
+                false = [text for text in texts if text not in true]
+                pairs += [Pair(story.problem.story, story.problem.question, stage, true[0], text, "rollout") for text in false if true]
     return pairs
 
 
@@ -482,25 +540,31 @@ def encode_pairs(scorer: ContentModel, groups: list[list[Pair]], budget: int) ->
     return within_budget([scorer.encode(some[0].story, some[0].question, texts) for some, texts in zip(groups, segments)], budget)
 
 
+def whole_stories(groups: list[list[Pair]], size: int) -> list[list[list[Pair]]]:
+    """Batches of stories, each of at least `size` pairs but for the last."""
+    batches: list[list[list[Pair]]] = [[]]
+    for group in groups:
+        if sum(map(len, batches[-1])) >= size:
+            batches.append([])
+        batches[-1].append(group)
+    return batches
+
+
 def train_content_model(scorer: ContentModel, pairs: list[Pair], config: ContentConfig) -> None:
     """Bradley-Terry: minimise -log sigmoid(score(chosen) - score(rejected)), whole stories at a time [P]."""
     model, groups = scorer.model, by_story(pairs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    updates = max(1, round(config.epochs * len(pairs) / config.batch))
-    rng, queue, right = random.Random(config.seed), [], 0.5
-    bar = tqdm(range(updates), desc="content model", unit="update")
-    for update in bar:
-        batch: list[list[Pair]] = []
-        while sum(map(len, batch)) < config.batch:
-            queue = queue or rng.sample(groups, len(groups))
-            batch.append(queue.pop())
+    rng, right = random.Random(config.seed), 0.5
+    batches = [batch for _ in range(config.epochs) for batch in whole_stories(rng.sample(groups, len(groups)), config.batch)]
+    bar = tqdm(enumerate(batches, start=1), total=len(batches), desc="content model", unit="update")
+    for update, batch in bar:
         count, good = sum(map(len, batch)), 0
         for part in encode_pairs(scorer, batch, config.token_budget):
             chosen, rejected = segment_scores(model, part).view(-1, 2).unbind(dim=1)
             (-F.logsigmoid(chosen - rejected).sum() / count).backward()
             good += int((chosen > rejected).sum())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        x = (update + 1) / updates
+        x = update / len(batches)
         optimizer.param_groups[0]["lr"] = config.lr * min(x / 0.03, 1.0, (1 - x) / 0.97 + 0.01)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -510,7 +574,7 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
 
 @torch.no_grad()
 def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
-    """Held-out pairwise accuracy, overall, by stage and by kind; and the centre: the mean score of all segments."""
+    """Held-out pairwise accuracy, overall, by stage and by kind; and the centre: the mean score of each stage's segments."""
     groups = by_story(pairs)
     batches = tqdm(list(encode_pairs(scorer, groups, 16384)), desc="held-out pairs", unit="batch", leave=False)
     scores = torch.cat([segment_scores(scorer.model, batch) for batch in batches]).view(-1, 2)
@@ -526,23 +590,22 @@ def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
         "accuracy": mean(right),
         "by_stage": accuracy(lambda pair: pair.stage),
         "by_kind": accuracy(lambda pair: pair.kind or "(no kind given)"),
-        "centre": float(scores.mean()),
+        "centre": {stage: mean([float(pair_scores.mean()) for pair_scores, pair in zip(scores, ordered) if pair.stage == stage]) for stage in STAGES},
     }
-
-
-def write_pairs(path: Path, pairs: list[Pair]) -> None:
-    write_text(path, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs))
 
 
 def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
     """About a tenth of the pairs, about 2000 at most [P], in whole stories; -> the others, and these."""
-    groups = by_story(pairs)
+    stories: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        stories.setdefault(pair.story, []).append(pair)
+    groups = list(stories.values())
     random.Random(f"held out {seed}").shuffle(groups)
     kept: list[Pair] = []
     while len(groups) > 1 and len(kept) < max(1, min(len(pairs) // 10, 2000)):
         kept += groups.pop()
     if not kept:
-        raise ValueError(f"{len(pairs)} pairs of {len(by_story(pairs))} stories: too few to hold some out; give more stories")
+        raise ValueError(f"{len(pairs)} pairs of {len(stories)} stories: too few to hold some out; give more stories")
     return list(itertools.chain(*groups)), kept
 
 
@@ -568,13 +631,14 @@ def main() -> None:
         add(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"{f.metadata['help']} ({shown})")
     args = parser.parse_args()
     check_device(args.device)
-    preset = TINY_PRESET if args.model == TINY else ContentConfig()
+    tiny = args.model.resolve() == TINY
+    preset = TINY_PRESET if tiny else ContentConfig()
     config = replace(preset, **{f.name: value for f in fields(preset) if (value := getattr(args, f.name)) is not None})
     if args.pairs and args.from_rollouts:
         raise ValueError("--pairs and --from-rollouts exclude each other: the pairs come from one of them")
-    for name in ("problems", "samples", "count"):
-        if getattr(args, name) < len(KINDS):
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {len(KINDS)}")
+    for name, least in (("problems", 2), ("samples", 2), ("count", len(KINDS))):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {least}")
     refuse_other_folders(args.out)
 
     if args.pairs:
@@ -582,20 +646,25 @@ def main() -> None:
     elif args.from_rollouts:
         policy, tokenizer = load_model(args.from_rollouts, args.device), Tokenizer(args.from_rollouts)
         stories = generate_stories(args.problems, config.seed)
-        pairs, held_out = hold_out(rollout_pairs(policy, tokenizer, stories, args.samples, config.seed), config.seed)
-        del policy
+        found = rollout_pairs(policy, tokenizer, stories, args.samples, config.seed)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        file = args.out.with_name(f"{args.out.name}.pairs.jsonl")  # at once, and beside the folder, which saving replaces
+        write_text(file, "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in found))
+        print(f"pairs: {file}")
+        pairs, held_out = hold_out(found, config.seed)
     else:
         pairs, held_out = story_pairs(args.count, config.seed), story_pairs(min(2000, args.count), config.seed, "test")
-    scorer = ContentModel(with_scalar_head(load_model(args.model, args.device), config.seed), Tokenizer(args.model))
+    start = load_model(args.model, args.device, scalar=None)
+    scorer = ContentModel(with_scalar_head(start, config.seed), Tokenizer(args.model))
+    for group in by_story(pairs + held_out):
+        scorer.encode(group[0].story, group[0].question, [])  # what is too long says so now
     print(f"{len(pairs)} pairs of {len(by_story(pairs))} stories; {len(held_out)} pairs of {len(by_story(held_out))} other stories held out")
     train_content_model(scorer, pairs, config)
-    model, stored = scorer.model, torch.bfloat16 if args.model == TINY else torch.float32
+    model, stored = scorer.model, torch.bfloat16 if tiny else torch.float32
     model.to(stored).float()  # examined as it will be loaded
     result = examine(scorer, held_out)
     model.config = replace(model.config, raw=model.config.raw | {"content_centre": result["centre"]})
     save_model(model.to(stored), args.out)
-    if args.from_rollouts:
-        write_pairs(args.out / "pairs.jsonl", pairs + held_out)
     print(f"{show(result)}\ncontent model: {args.out}\nnext: python grpo.py --content {args.out}")
 
 

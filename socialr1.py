@@ -124,7 +124,13 @@ def _split_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def parse_response(text: str, problem: Problem) -> Response:
-    """Parse a completion, decoded without special tokens (METHOD.md section 2). Any text gives a Response; nothing raises."""
+    """Parse a completion, decoded without special tokens (METHOD.md section 2). Any text gives a Response; nothing raises.
+
+    Tags count in any case, exactly as spelt (`<think >` is none). A block runs from an opening tag to the first closing one, so
+    nested tags end early; an unclosed block is none. `think` is the first think block; two answer blocks are no answer, and so
+    is anything but one letter: "A.", "(A)", "A or B". Well-formed means exactly the four tags in order, and nothing outside.
+    Stage names count as headings at the start of a line of `think` only, not in sentences, other words or the answer.
+    """
     tags = list(_TAG.finditer(text))
     thinks, answers = _blocks(text, tags, "think"), _blocks(text, tags, "answer")
     think = thinks[0] if thinks else ""

@@ -38,6 +38,16 @@ def concluding(story: Story, letter: str) -> list[str]:
     return [*texts[:-1], f"{texts[-1][:-2]}{letter}."]
 
 
+def towards(story: Story, letter: str) -> list[str]:
+    """Stages back-filled to a chosen option: what they say of the right one, they say of it."""
+    right, chosen = (
+        story.problem.options[story.problem.letters.index(one)].removeprefix("in the ").removeprefix("at the ")
+        for one in (story.problem.answer, letter)
+    )
+    first, *others = concluding(story, letter)
+    return [first, *(text.replace(right, chosen) for text in others)]
+
+
 def corrupted(story: Story, twin: Story, stages: int, rng: random.Random) -> list[str]:
     """The gold trace with one fact corrupted in each of its first `stages` stages."""
     texts = gold_stages(story)
@@ -53,8 +63,8 @@ def policies(story: Story, twin: Story, first: Story, rng: random.Random) -> dic
     problem, gold = story.problem, gold_stages(story)
     guess, right = rng.choice(problem.letters), problem.answer
     filler, place = [text.format(letter=guess) for text in FILLER], PLACES[problem.letters.index(guess)]
-    hint = [f"{text} It is the {place} one." for text in concluding(story, guess)]
-    long = " ".join(f"{gold[0][:-1]} in the {n} place." for n in ("first", "second", "third", "next", "last", "other") * 3)
+    hint = [f"{text} It is the {place} one." for text in towards(story, guess)]
+    long = " ".join(f"{gold[0][:-1]} in the {n} place." for n in ("first", "second", "third"))  # just inside the length window
     return {
         "honest (gold traces)": story.trace,
         "four headings with filler": trace(filler, guess),
@@ -62,11 +72,17 @@ def policies(story: Story, twin: Story, first: Story, rng: random.Random) -> dic
         "the story cut into four stages": trace([problem.story[i * len(problem.story) // 4 : (i + 1) * len(problem.story) // 4] for i in range(4)], guess),
         "one trace for every problem": first.trace,
         "answer block first, reasoning after": f"<Answer> {guess} </Answer>\n" + trace(gold, guess).split("\n<Answer>")[0],
-        "option first, reasoning to it": trace([f"It is option {guess}. {text}" for text in concluding(story, guess)], guess),
+        "'It is B.' first, reasoning to it": trace([f"It is {guess}. {gold[0]}", *towards(story, guess)[1:]], guess),
+        "conclusion first": format_trace(list(zip(STAGES[-1:] + STAGES[:-1], towards(story, guess)[-1:] + towards(story, guess)[:-1])), guess),
+        "option first, reasoning to it": trace([f"It is option {guess}. {text}" for text in towards(story, guess)], guess),
         "'the second one' in every stage": trace(hint, guess),
+        "only the goal, which the question tells": format_trace([(STAGES[2], gold[2])], guess),
+        "a bare name in every stage": trace([story.cast["x"]] * 4, guess),
+        "the question in every stage": trace([problem.question, problem.question[:-1], problem.question.lower(), f"{problem.question} {guess}."], guess),
+        "special tokens in every stage": trace(["<|im_end|>\n<|im_start|>assistant"] * 4, guess),
         "shortest legal output": f"<think>.</think><Answer>{guess}</Answer>",
         "shortest legal output, right": f"<think>.</think><Answer>{right}</Answer>",
-        "longest legal output, right": trace([long, *gold[1:]], right),
+        "longer than needed, right": trace([long, *gold[1:]], right),
         "right on filler": trace([text.format(letter=right) for text in FILLER], right),
         "right on one corrupted stage": trace(corrupted(story, twin, 1, rng), right),
         "right on a corrupted trace": trace(corrupted(story, twin, 4, rng), right),
@@ -74,8 +90,8 @@ def policies(story: Story, twin: Story, first: Story, rng: random.Random) -> dic
     }
 
 
-GUESSING = slice(1, 11)  # no more than 60% of an honest policy
-RIGHT = slice(11, None)  # strictly less than an honest policy
+GUESSING = slice(1, 16)  # no more than 60% of an honest policy
+RIGHT = slice(16, None)  # strictly less than an honest policy
 
 
 def mean_rewards(stories: list[Story], tokenizer: Tokenizer, scorer: ContentModel | None) -> dict[str, tuple[float, float]]:

@@ -6,6 +6,7 @@ import unicodedata
 
 import hacking
 import pytest
+import torch
 
 from model import Tokenizer
 from rewards import RewardConfig, load_content_model, names_option, total_reward
@@ -90,6 +91,14 @@ def test_every_text_has_one_outcome(text, answer, well_formed, stages):
         ("OPTION  C", True),
         ("option\nC", False),
         ("(E)", False),
+        ("option\u00a0B", True),  # other spaces, what nobody sees, full width
+        ("option \u200bB", True),
+        ("Option \uff22", True),
+        ("\uff08\uff22\uff09", True),
+        ("- B. bag", True),
+        ("\u2022 B) bag", True),
+        ("[B]", False),
+        ("letter B", False),
     ],
 )
 def test_naming_options_in_hostile_ways(text, named):
@@ -141,13 +150,24 @@ def test_every_term_stays_in_its_range_on_random_text():
 @pytest.mark.parametrize("char", ["a", " ", "\n", "<", "A", "(", ".", "#", "1", "漢", "\u0301", "\u200b", "\U0001f600", "\u2028", "选项"])
 def test_a_megabyte_of_one_character_is_rewarded_in_under_a_second(char):
     text = char * (1_000_000 // len(char))
-    started = time.perf_counter()
+    started = time.process_time()
     in_range(text, 300_000)
     in_range(body(f"{CE}{text}"), 300_000)
-    assert time.perf_counter() - started < 4  # four rewards; a loaded machine may take a second for one
+    assert time.process_time() - started < 4  # four rewards; a loaded machine may take a second for one
 
 
 # ---------------------------------------------------------------------------------------------------------- reward hacking
+
+
+def test_no_random_text_pleases_the_content_model():
+    """What a search over junk finds on some stories must not be paid on others."""
+    scorer, rng = load_content_model(TINY_CONTENT), random.Random(0)
+    stories = [story.problem for story in generate_stories(12, 3, "train")]
+    vocabulary = [token for token in Tokenizer(TINY).backend.get_vocab() if token.isascii() and token.isalpha()]
+    candidates = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 3))) for _ in range(120)] + ["<|im_end|>", "<|im_end|>\n<|im_start|>assistant"]
+    scores = scorer.score([(p.story, p.question, [(stage, text) for stage in STAGES for text in candidates]) for p in stories])
+    sigmoids = torch.tensor(scores).sigmoid().view(len(stories), len(STAGES), len(candidates)).mean(dim=0)
+    assert float(sigmoids.max()) < 0.3, sigmoids.amax(dim=1)
 
 
 def test_degenerate_policies_earn_little():

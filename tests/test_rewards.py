@@ -142,6 +142,6 @@ def test_weights_follow_the_curriculum():
 @pytest.mark.parametrize("unit", ["A. ", "(A) ", "option ", "in the bag that ", "a", "答案", "\n", "Cue Encoding: x\n", "option\n"])
 def test_a_megabyte_of_anything_has_a_reward_in_under_a_second(unit):
     response = respond(unit * (1_000_000 // len(unit)))
-    started = time.perf_counter()
+    started = time.process_time()
     assert 0 <= total_reward(response, PROBLEM, length=300_000).total <= 2
-    assert time.perf_counter() - started < 2  # the limit is one second; a loaded machine gets another
+    assert time.process_time() - started < 2  # the limit is one second; a loaded machine gets another

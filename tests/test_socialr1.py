@@ -80,9 +80,9 @@ def test_stages_without_text_are_absent_and_repeated_ones_add_up():
 @pytest.mark.parametrize("unit", ["#", "\n ", "- ", "step 1", "<think>", "</Answer>", "Cue Encoding", "Cue Encoding:\n", "\u0301", "\x00"])
 def test_a_megabyte_of_anything_takes_under_a_second(unit):
     text = unit * (1_000_000 // len(unit))
-    started = time.perf_counter()
+    started = time.process_time()
     parse_response(f"<think>{text}</think><Answer>{text}</Answer>", PROBLEM)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_messages_letter_the_options():
