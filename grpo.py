@@ -48,7 +48,7 @@ from model import (
     refuse_other_folders,
     save_model,
 )
-from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, setting, total_reward
+from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
 from socialr1 import (
     MAIN,
     STAGES,
@@ -64,7 +64,6 @@ from socialr1 import (
     generate_problems,
     generate_stories,
     minds,
-    parse_response,
     readers_minds,
     replay,
     write_json,
@@ -232,15 +231,6 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     return chosen
 
 
-def parse(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer) -> list[list[Response]]:
-    """The responses in the completions; P lists of G."""
-    prefix = tokenizer.think_prefix()
-    return [
-        [parse_response(prefix + tokenizer.decode(completion.tokens), problem) for completion in group]
-        for problem, group in zip(problems, groups)
-    ]
-
-
 def score(
     problems: list[Problem],
     groups: list[list[Completion]],
@@ -386,7 +376,8 @@ class Run:
     def saved(self) -> dict:
         """What must be equal for a run to be resumed."""
         return {
-            "model": str(self.model), "content": str(self.content.resolve()) if self.content else None, "data": [str(path) for path in self.data], "lang": self.lang,
+            "model": str(self.model), "content": str(self.content.resolve()) if self.content else None,
+            "data": [str(path) for path in self.data], "lang": self.lang,
             **asdict(self.config), **asdict(self.rewards),
         }  # fmt: skip
 
@@ -435,10 +426,11 @@ def train(run: Run, resume: Path | None = None) -> None:
     log = run.out / "metrics.jsonl"
     kept = log.read_text().splitlines()[:first] if log.exists() else []  # one line per step
     write_text(log, "".join(f"{line}\n" for line in kept))
+    off = "R_content is off: no content model (--content), or no weight; the other terms keep theirs"
     tqdm.write(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
         f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps to go\n"
-        + (f"R_content from {run.content}" if scorer else "R_content is off: no content model (--content), or no weight; the other terms keep theirs")
+        + (f"R_content from {run.content}" if scorer else off)
     )
 
     def examine(when: str, share: int = 1) -> dict[str, dict]:

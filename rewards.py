@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
+    Completion,
     Linear,
     ModelConfig,
     Sequences,
@@ -195,6 +196,15 @@ def length_reward(
     return window * (len(set(grams)) / len(grams) if grams else 1.0)
 
 
+def parse(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer) -> list[list[Response]]:
+    """The responses in the completions; P lists of G."""
+    prefix = tokenizer.think_prefix()
+    return [
+        [parse_response(prefix + tokenizer.decode(completion.tokens), problem) for completion in group]
+        for problem, group in zip(problems, groups)
+    ]
+
+
 def curriculum(step: int, steps: int, config: RewardConfig) -> float:
     """tau in [0, 1] at `step` (0-based) of `steps`: tau_start until x = tau_from, then linear to 1 at x = tau_to."""
     x = step / (steps - 1) if steps > 1 else 1.0
@@ -274,7 +284,8 @@ class ContentModel:
 
     def rewards(self, problems: list[Problem], groups: list[list[Response]]) -> list[list[float]]:
         """R_content in [0, 1] of every response: the mean over its present stages of sigmoid(score); 0 when none is present."""
-        asked = [(p.story, p.question, [s for response in group for s in response.stages]) for p, group in zip(problems, groups)]
+        segments = [[segment for response in group for segment in response.stages] for group in groups]
+        asked = [(problem.story, problem.question, some) for problem, some in zip(problems, segments)]
         values = iter(itertools.chain(*self.score(asked)))
         return [[mean([_logistic(next(values)) for _ in response.stages]) for response in group] for group in groups]
 
@@ -408,24 +419,30 @@ def exchange(text: str, a: str, b: str) -> str:
 
 
 def nonsense(true: str, story: Story, rng: random.Random) -> str:
-    """Something that says nothing about the story: pieces of words, a piece of the story or of the segment, or another story's segment."""
-    sort, length = rng.randrange(5), len(true.split())
-    words_at_hand = f"{story.problem.story} {story.problem.question} {story.trace} {' '.join(story.cast.values())}".split()
-    if sort <= 1:  # as many words as the segment, or fewer, or more; whole ones or pieces
-        count = rng.randint(1, 3) if sort else rng.randint(1, 2 * length)
-        pieces = [rng.choice(words_at_hand) if rng.random() < 0.5 else "".join(rng.sample(_LETTERS, rng.randint(1, 3))) for _ in range(count)]
-        pieces = [piece if rng.random() < 0.5 else piece[: rng.randint(1, 4)] for piece in pieces]
-        return rng.choice((" ", " ", "")).join(pieces)
+    """What says nothing about the story: pieces of words, of the story or of the segment, another story's segment; or the true segment
+    with such a piece, or a hint at an option, added."""
+    sort, length = rng.randrange(6), len(true.split())
+    at_hand = f"{story.problem.story} {story.problem.question} {story.trace} {' '.join(story.cast.values())}".split()
+    if sort == 0:  # as many words as the segment, or fewer, or more; whole ones or pieces
+        count = rng.randint(1, 2 * length)
+        pieces = ["".join(rng.sample(_LETTERS, rng.randint(1, 3))) if rng.random() < 0.5 else rng.choice(at_hand) for _ in range(count)]
+        return rng.choice((" ", " ", "")).join(piece if rng.random() < 0.5 else piece[: rng.randint(1, 4)] for piece in pieces)
+    if sort == 1:
+        return " ".join(rng.choice(at_hand)[: rng.randint(1, 5)] for _ in range(rng.randint(1, 3)))
     if sort == 2:
         start = rng.randrange(length)
         return " ".join(true.split()[start : start + rng.randint(1, max(1, length // 2))])
     if sort == 3:
-        start = rng.randrange(len(words_at_hand))
-        return " ".join(words_at_hand[start : start + rng.randint(1, 2 * length)])
-    stranger = rng.choice(generate_stories(24, rng.randrange(10**6)))
-    return rng.choice(gold_stages(stranger))
+        start = rng.randrange(len(at_hand))
+        return " ".join(at_hand[start : start + rng.randint(1, 2 * length)])
+    if sort == 4:
+        return rng.choice(gold_stages(rng.choice(generate_stories(24, rng.randrange(10**6)))))
+    hint = rng.choice(_HINTS).format(letter=rng.choice("ABCD"), place=rng.choice(("first", "second", "third", "fourth", "last")))
+    added = hint if rng.random() < 0.6 else " ".join(rng.choice(at_hand) for _ in range(rng.randint(1, 4)))
+    return rng.choice((f"{added} {true}", f"{true} {added}"))
 
 
+_HINTS = ("It is {letter}.", "{letter} is right.", "So {letter}.", "It is the {place} one.", "The {place} one is right.", "I say {letter}.")
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;!?'-<>|/0123456789"
 
 
@@ -467,9 +484,8 @@ def agreement(story: Story, stage: str, text: str) -> float:
 
     It knows the simulator's wording only, whatever the case and the punctuation: no judge of free text.
     """
-    ours, true = (
-        {tuple(words(sentence)) for sentence in re.split(r"(?<=[.!?])\s+", t.strip())} for t in (text, gold_stages(story)[STAGES.index(stage)])
-    )
+    texts = text, gold_stages(story)[STAGES.index(stage)]
+    ours, true = ({tuple(words(sentence)) for sentence in re.split(r"(?<=[.!?])\s+", t.strip())} for t in texts)
     return 2 * len(ours & true) / (len(ours) + len(true))
 
 
@@ -481,11 +497,10 @@ def rollout_pairs(
     The paper asks a judge which is better. Here, on generated stories, a wholly true segment stands against each that is not [O].
     """
     prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
-    pairs, prefix = [], tokenizer.think_prefix()
+    pairs = []
     for i in tqdm(range(0, len(stories), 16), desc="rollouts", unit="batch", leave=False):
         groups = generate(policy, prompts[i : i + 16], samples, tokenizer.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
-        for story, group in zip(stories[i:], groups):
-            responses = [parse_response(prefix + tokenizer.decode(completion.tokens), story.problem) for completion in group]
+        for story, responses in zip(stories[i:], parse([story.problem for story in stories[i:]], groups, tokenizer)):
             for stage in STAGES:
                 texts = dict.fromkeys(text for response in responses for name, text in response.stages if name == stage)
                 true = [text for text in texts if agreement(story, stage, text) == 1]
@@ -590,7 +605,7 @@ def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
         "accuracy": mean(right),
         "by_stage": accuracy(lambda pair: pair.stage),
         "by_kind": accuracy(lambda pair: pair.kind or "(no kind given)"),
-        "centre": {stage: mean([float(pair_scores.mean()) for pair_scores, pair in zip(scores, ordered) if pair.stage == stage]) for stage in STAGES},
+        "centre": {stage: mean([float(two.mean()) for two, pair in zip(scores, ordered) if pair.stage == stage]) for stage in STAGES},
     }
 
 
@@ -620,7 +635,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, default=TINY, help="checkpoint folder to start from, a language model or a content model (assets/tiny)")
     add("--pairs", type=Path, help="JSONL with story, question, stage, chosen, rejected; without it: pairs from generated stories")
-    add("--from-rollouts", type=Path, metavar="POLICY", help="sample trajectories from this checkpoint on generated stories and pair their stages")
+    add("--from-rollouts", type=Path, metavar="POLICY", help="sample trajectories on generated stories from this checkpoint, pair their stages")
     add("--problems", type=int, default=700, help="problems to sample with --from-rollouts (700)")
     add("--samples", type=int, default=6, help="trajectories per problem with --from-rollouts (6)")
     add("--count", type=int, default=60_000, help="pairs to make from generated stories (60000)")
@@ -658,7 +673,8 @@ def main() -> None:
     scorer = ContentModel(with_scalar_head(start, config.seed), Tokenizer(args.model))
     for group in by_story(pairs + held_out):
         scorer.encode(group[0].story, group[0].question, [])  # what is too long says so now
-    print(f"{len(pairs)} pairs of {len(by_story(pairs))} stories; {len(held_out)} pairs of {len(by_story(held_out))} other stories held out")
+    counts = [f"{len(some)} pairs of {len(by_story(some))}" for some in (pairs, held_out)]
+    print(f"{counts[0]} stories; held out: {counts[1]} others")
     train_content_model(scorer, pairs, config)
     model, stored = scorer.model, torch.bfloat16 if tiny else torch.float32
     model.to(stored).float()  # examined as it will be loaded

@@ -58,10 +58,11 @@ def corrupted(story: Story, twin: Story, stages: int, rng: random.Random) -> lis
     return [*texts[:-1], f"{texts[-1][:-2]}{story.problem.answer}."]
 
 
-def policies(story: Story, twin: Story, first: Story, rng: random.Random) -> dict[str, str]:
-    """By name: what each policy says to this problem. `first` is the one whose trace is said to every problem."""
+def policies(story: Story, twin: Story, first: Story, luck: int, rng: random.Random) -> dict[str, str]:
+    """By name: what each policy says to this problem. `first` is the one whose trace is said to every problem; guesses are right when
+    `luck` is a multiple of 4."""
     problem, gold = story.problem, gold_stages(story)
-    guess, right = rng.choice(problem.letters), problem.answer
+    guess, right = problem.letters[(problem.letters.index(problem.answer) + luck) % 4], problem.answer
     filler, place = [text.format(letter=guess) for text in FILLER], PLACES[problem.letters.index(guess)]
     hint = [f"{text} It is the {place} one." for text in towards(story, guess)]
     long = " ".join(f"{gold[0][:-1]} in the {n} place." for n in ("first", "second", "third"))  # just inside the length window
@@ -98,7 +99,7 @@ def mean_rewards(stories: list[Story], tokenizer: Tokenizer, scorer: ContentMode
     """By policy: mean total reward and mean R_content."""
     rng, texts = random.Random(0), {}
     for i, story in enumerate(stories):
-        for name, text in policies(story, stories[i ^ 1], stories[0], rng).items():
+        for name, text in policies(story, stories[i ^ 1], stories[0], i // 2 + i, rng).items():
             texts.setdefault(name, []).append(text)
     return {name: pay(stories, some, tokenizer, scorer) for name, some in texts.items()}
 
