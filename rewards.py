@@ -244,7 +244,6 @@ def total_reward(
 
 # --------------------------------------------------------------------------------------------------- content model: scores
 
-
 Segment = tuple[str, str]  # a stage and its text
 Encoded = tuple[list[int], list[list[int]]]  # ids of a prompt, and of each of its segments
 
@@ -460,7 +459,6 @@ def story_pairs(n: int, seed: int, split: str = "train") -> list[Pair]:
                     by_kind[kind].append(Pair(story.problem.story, story.problem.question, STAGES[stage], gold[stage], text, kind))
         if all(len(pairs) >= n // len(KINDS) for pairs in by_kind.values()):
             return list(itertools.chain(*zip(*by_kind.values())))[: n // len(KINDS) * len(KINDS)]
-    raise AssertionError("unreachable")
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -489,9 +487,7 @@ def agreement(story: Story, stage: str, text: str) -> float:
     return 2 * len(ours & true) / (len(ours) + len(true))
 
 
-def rollout_pairs(
-    policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, seed: int
-) -> list[Pair]:
+def rollout_pairs(policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, seed: int) -> list[Pair]:
     """The paper's way: K trajectories per problem, cut into stages, segments of the same stage paired [P].
 
     The paper asks a judge which is better. Here, on generated stories, a wholly true segment stands against each that is not [O].
@@ -646,7 +642,7 @@ def main() -> None:
         add(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"{f.metadata['help']} ({shown})")
     args = parser.parse_args()
     check_device(args.device)
-    tiny = args.model.resolve() == TINY
+    tiny = args.model.resolve() == TINY.resolve()
     preset = TINY_PRESET if tiny else ContentConfig()
     config = replace(preset, **{f.name: value for f in fields(preset) if (value := getattr(args, f.name)) is not None})
     if args.pairs and args.from_rollouts:
