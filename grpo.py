@@ -35,41 +35,14 @@ from tqdm import tqdm
 
 from eval import DO_NOT_TRAIN, MEASURES, check_lengths, evaluate, read_files, table
 from model import (
-    Completion,
-    ModelConfig,
-    Tokenizer,
-    Transformer,
-    check_device,
-    completion_logprobs,
-    generate,
-    load_model,
-    pad,
-    read_json,
-    refuse_other_folders,
-    save_model,
-)
+    Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, pad, read_json,
+    refuse_other_folders, save_model,
+)  # fmt: skip
 from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
 from socialr1 import (
-    MAIN,
-    STAGES,
-    TINY,
-    TINY_CONTENT,
-    Parser,
-    Problem,
-    Response,
-    Story,
-    build_messages,
-    exit_on_error,
-    format_trace,
-    generate_problems,
-    generate_stories,
-    minds,
-    readers_minds,
-    replay,
-    write_json,
-    write_stages,
-    write_text,
-)
+    MAIN, STAGES, TINY, TINY_CONTENT, Parser, Problem, Response, Story, build_messages, exit_on_error, format_trace,
+    generate_problems, generate_stories, minds, readers_minds, replay, write_json, write_stages, write_text,
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------- config
 

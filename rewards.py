@@ -21,40 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    Completion,
-    Linear,
-    ModelConfig,
-    Sequences,
-    Tokenizer,
-    Transformer,
-    check_device,
-    generate,
-    load_model,
-    pad,
-    refuse_other_folders,
-    save_model,
-)
+    Completion, Linear, ModelConfig, Sequences, Tokenizer, Transformer, check_device, generate, load_model, pad,
+    refuse_other_folders, save_model,
+)  # fmt: skip
 from socialr1 import (
-    FAMILY,
-    MAIN,
-    SHIFT,
-    STAGES,
-    TINY,
-    Parser,
-    Problem,
-    Response,
-    Story,
-    View,
-    believed,
-    build_messages,
-    exit_on_error,
-    generate_stories,
-    gold_stages,
-    parse_response,
-    read_rows,
-    replay,
-    write_text,
-)
+    FAMILY, MAIN, SHIFT, STAGES, TINY, Parser, Problem, Response, Story, View, believed, build_messages, exit_on_error,
+    generate_stories, gold_stages, parse_response, read_rows, replay, write_text,
+)  # fmt: skip
 
 
 def setting(default, help: str):
