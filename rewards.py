@@ -4,6 +4,8 @@
 
 Each term maps a problem and a parsed response to a float in [0, 1]; the total comes with its parts, so that each is logged.
 Model output is hostile input: any text has a defined reward, found in linear time, without an exception.
+
+The second half is R_content's model (section 4): how it scores, the pairs that teach it, its training, `python rewards.py`.
 """
 import itertools
 import json
