@@ -1,38 +1,183 @@
-"""Benchmark files in, numbers out: accuracy, the shortcut gap, and how the policy reasoned (METHOD.md sections 1 and 8).
+"""Benchmark files in, numbers out: accuracy with intervals, and how the policy reasoned (METHOD.md sections 1, 6 and 8).
 
     accuracy       share of right answers; a response without a readable answer is wrong, and counted in parse_rate
+    macro          mean of the benchmarks' accuracies, as in the paper's Table 2 [P]
     shortcut_gap   accuracy on control stories - accuracy on hard ones (generated stories): what shortcuts are worth to the policy
     stage_order    share of responses with all four SIP stages, in order
     option_early   share that name an option before Response Generation: the paper's *reasoning parasitism* [P]
     length         mean number of sampled tokens
 
-One reader serves ToMBench's JSONL, ToMBench-Hard's CSV and our own JSONL: columns are found by name, in any spelling.
+Intervals hold 95% of 2000 bootstrap draws [O]; whole stories are drawn, since the questions of one story stand or fall together.
 """
 import argparse
 import ast
+import hashlib
+import html
+import itertools
 import json
 import math
+import random
 import re
-from collections.abc import Iterator
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Tokenizer, Transformer, check_device, generate, load_model, waves
-from rewards import early_options
-from socialr1 import LETTERS, STAGES, TINY, Parser, Problem, build_messages, exit_on_error, generate_problems, parse_response, read_rows, write_json
+from model import Tokenizer, Transformer, check_device, generate, load_model, read_json, waves
+from rewards import (
+    ContentModel, distinct_share, early_options, load_content_model, logistic, mean, option_mentions, stage_order, total_reward,
+)  # fmt: skip
+from socialr1 import (
+    LETTERS, STAGES, TINY, Parser, Problem, build_messages, exit_on_error, generate_problems, parse_response, read_rows, stage_spans,
+    write_json, write_text,
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------- readers
+#
+# A reader turns one row, its keys in lower case without blanks and marks, into items: story, question, options, answer (a letter, an
+# option's text or an index), and where they differ from the usual: ability, id, kind (the part of the benchmark; else the file's name),
+# joint (what counts only if all items with this name are right) or left_out (why it is not asked). What the rows look like, and
+# their traps, was counted in the originals by others than us; the comments name the trap that a line is for.
 
-# Column names, after dropping blanks, newlines, "-" and "_" and lowering the case; the wanted language's come first.
+Items = Iterator[dict]
+DO_NOT_TRAIN = {
+    "tombench": "ToMBench asks in so many words that its items never be trained on",
+    "tactfultom": "TactfulToM is for evaluation only",
+}
+
+
+def emobench_understanding(row: dict, lang: str) -> Items:
+    asked = {
+        "en": ("What does {} feel in the end, in this situation?", "Why does {} feel like that?"),
+        "zh": ("在这种情境下，{}最终会有什么情绪？", "为什么{}会有这样的情绪？"),
+    }[row["language"]]
+    both = f"EU:{row['language']}:{row['qid']}"
+    for part, question in zip(("emotion", "cause"), asked):
+        item = dict(story=row["scenario"], question=question.format(row["subject"]), options=row[f"{part}choices"], answer=row[f"{part}label"])
+        yield item | dict(ability=row["coarsecategory"], kind="EU", id=f"{both}:{part}", joint=both)
+
+
+def emobench_application(row: dict, lang: str) -> Items:
+    what = {"Action": "行动", "Response": "回应"}[row["questiontype"]]
+    question = {
+        "en": f"In this situation, what is the most effective {row['questiontype'].lower()} for {row['subject']}?",
+        "zh": f"在这种情境下，对{row['subject']}来说最有效的{what}是什么？",
+    }[row["language"]]
+    item = dict(story=row["scenario"], question=question, options=row["choices"], answer=row["label"])
+    yield item | dict(ability=row["category"], kind="EA", id=f"EA:{row['language']}:{row['qid']}")
+
+
+def motivebench(row: dict, lang: str) -> Items:
+    for place, kind in enumerate(("motivation", "behavior", "motivation and behavior"), start=1):
+        sentences = re.split(r"(?<=[.!?])\s+", row[_key(f"{kind} reasoning question")].strip())  # the scenario is a part of the question: its last sentence asks
+        last = max((i for i, sentence in enumerate(sentences) if sentence.endswith("?")), default=None)
+        question = sentences.pop(last) if last is not None and len(sentences) > 1 else f"What is the most likely {kind}?"
+        item = dict(story=" ".join(sentences), question=question, options=_split_letters(row[f"options{place}"]))
+        yield item | dict(answer=row[f"correctanswer{place}"], ability=kind, id=f"{row['idx']}:{place}")
+
+
+_HITOM_NOTE = (
+    "Note: everyone sees all that happens in a room until they leave it. One can know what others believe only after having been in a "
+    "room with them, or talked to them. People tend to lie: hearing a statement does not change what one believes oneself, except that "
+    "one trusts a speaker who left the room later than oneself. What is said in private is heard by nobody else, what is said in public "
+    "by all."
+)
+
+
+def hitom(row: dict, lang: str) -> Items:
+    story = re.sub(r"\A\s*Read the following[^\n]*\n|^\s*\*{3}\s*$", "", row["story"], flags=re.MULTILINE)
+    options = re.split(r",\s(?=[A-Z]\. )", row["choices"])
+    item = dict(story=story, question=f"{row.get('questionold', row['question'])}\n{_HITOM_NOTE}", options=_split_letters(options))
+    item |= dict(answer=row["answer"], ability=f"order {row['questionorder']}", id=f"hitom:{row['sampleid']}")
+    item["repaired"] = {"a line that is no part of the story": story != row["story"]}
+    if row.get("promptingtype", "CoTP") != "CoTP":  # 138 of these 600 have another gold answer, nearly always a wrong one
+        item["left_out"] = "repeats a CoTP row, some with a wrong answer"
+    yield item
+
+
+def tactfultom(row: dict, lang: str) -> Items:
+    for kind in ("justification", "fact_reason", "fact_truth", "belief", "lieability"):
+        for asked in row.get(_key(f"{kind}QA"), row.get(_key(f"{kind}QAs"), [])):
+            wrong = asked["wrong_answer"]
+            item = dict(story=row["fullcontext"], question=asked["question"], ability=kind.replace("_", " "), id=asked["q_id"])
+            item |= dict(options=[asked["correct_answer"], *([wrong] if isinstance(wrong, str) else wrong)], answer="A")
+            about = asked["question"].partition(" believe about")[0].rpartition(" ")[2]
+            if kind == "belief" and not any(option.startswith(about) for option in item["options"]):
+                item["left_out"] = "asks about one person, and all options speak of another"
+            yield item
+
+
+def simpletom(row: dict, lang: str) -> Items:
+    kinds = {"aware": "mental state", "action": "behavior", "judge": "judgment"}
+    kind = kinds[row["id"].rpartition("_")[2]]
+    labels = row["choices"].get("label") or LETTERS[: len(row["choices"]["text"])]
+    answer = LETTERS[list(labels).index(row["answerkey"])]
+    item = dict(story=row["story"], question=row["question"], options=row["choices"]["text"], answer=answer)
+    yield item | dict(ability=kind, kind=kind, id=row["id"])
+
+
+# Everything else has a column for each part: ToMBench, ToMBench-Hard, SocialIQA and our own JSONL; the wanted language's come first.
 _STORY = {"en": ("story", "context"), "zh": ("故事",)}
 _QUESTION = {"en": ("question",), "zh": ("问题",)}
-_OPTION = {"en": ("option{}", "choice{}", "{}"), "zh": ("选项{}",)}
+_OPTION = {"en": ("option{}", "choice{}", "answer{}", "{}"), "zh": ("选项{}",)}
 _OPTION_LIST = ("options", "choices")
-_ANSWER = ("答案answer", "answer", "答案", "label", "gold")
+_ANSWER = ("答案answer", "answer", "答案", "label", "gold", "correct")
 _ABILITY = ("能力ability", "ability", "能力", "category", "dimension", "type")
-DO_NOT_TRAIN = {"tombench": "ToMBench asks in so many words that its items never be trained on"}
+
+
+def by_columns(row: dict, lang: str) -> Items:
+    other = "zh" if lang == "en" else "en"
+    if not row.keys() & {*_STORY[lang], *_QUESTION[lang]}:  # the other language only
+        lang, other = other, lang
+    item = dict(story=_find(row, _STORY[lang]), question=_find(row, _QUESTION[lang]), options=_options(row, lang), answer=_find(row, _ANSWER))
+    item["ability"] = _text(_find(row, _ABILITY)).partition(":")[0].strip().lower()  # "Belief: Second-order beliefs" is belief
+    item |= {name: _text(row[name]) for name in ("source", "id", "variant") if _text(row.get(name))}
+    if lang == "en" and row.keys() & {*_STORY["zh"]} and len(item["options"]) != len(_options(row, other)):
+        item["left_out"] = "its English question belongs to another story"
+    yield item
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`columns` give a benchmark away; options are shuffled where the gold letter is biased, or where there is no order."""
+
+    name: str
+    columns: set[str]
+    items: Callable[[dict, str], Items]
+    shuffled: bool = False
+
+
+READERS = (
+    Reader("emobench", {"qid", "language", "emotionchoices", "causechoices"}, emobench_understanding, shuffled=True),
+    Reader("emobench", {"qid", "language", "questiontype", "choices"}, emobench_application, shuffled=True),
+    Reader("motivebench", {"motivationreasoningquestion", "options1", "correctanswer1"}, motivebench, shuffled=True),
+    Reader("hitom", {"questionorder", "sampleid", "story", "choices"}, hitom),
+    Reader("tactfultom", {"fullcontext", "beliefqas", "characters"}, tactfultom, shuffled=True),
+    Reader("simpletom", {"id", "story", "question", "choices", "answerkey"}, simpletom, shuffled=True),
+    Reader("socialiqa", {"context", "question", "answera", "answerb", "answerc"}, by_columns),
+    Reader("tombench", {"story", "question", "optiona", "答案answer"}, by_columns),
+    Reader("tombench", {"故事", "问题", "选项a", "答案answer"}, by_columns),
+)
+
+
+def _recognise(file: Path, columns: set[str]) -> tuple[Reader | None, list[str]]:
+    """The reader of a file with these columns; or None, and the parts of a problem that no column holds."""
+    for reader in READERS:
+        if reader.columns <= columns:
+            return reader, []
+    options = (pattern.format("a") for patterns in _OPTION.values() for pattern in patterns)
+    parts = {
+        "story": (*_STORY["en"], *_STORY["zh"]), "question": (*_QUESTION["en"], *_QUESTION["zh"]),
+        "options": (*_OPTION_LIST, *options), "answer": _ANSWER,
+    }  # fmt: skip
+    missing = [part for part, names in parts.items() if not columns & set(names)]
+    name = "tombench-hard" if file.suffix.lower() == ".csv" else "problems"
+    return (None if missing else Reader(name, set(), by_columns)), missing
 
 
 def _key(name: str) -> str:
@@ -46,8 +191,12 @@ def _text(value: object) -> str:
     return str(value).strip()
 
 
-def _options(row: dict, lang: str) -> list[str]:
-    """Option texts without their letter prefixes ("A. ", "A: ", ...); [] when the row has no option columns of this language."""
+def _find(row: dict, names: tuple[str, ...]) -> object:
+    return next((row[name] for name in names if name in row), "")
+
+
+def _options(row: dict, lang: str) -> list:
+    """Cells of the options up to the last that is not empty; [] when the row has none in this language."""
     texts = next((row[name] for name in _OPTION_LIST if row.get(name)), None)
     if isinstance(texts, str):
         try:
@@ -59,104 +208,140 @@ def _options(row: dict, lang: str) -> list[str]:
             if pattern.format("a") in row:
                 texts = [row.get(pattern.format(letter.lower())) for letter in LETTERS]
                 break
-    if not isinstance(texts, (list, tuple)):
-        return []
-    if len(texts) > len(LETTERS):
-        raise ValueError(f"{len(texts)} options; there are letters for {len(LETTERS)}")
-    texts = [_text(text) for text in texts]
-    while texts and not texts[-1]:
+    texts = list(texts) if isinstance(texts, (list, tuple)) else []
+    while texts and not _text(texts[-1]):
         texts.pop()
-    if "" in texts:
-        raise ValueError(f"option {LETTERS[texts.index('')]} is empty, though a later one is not")
-    return [re.sub(rf"^{letter}\s*[.:：．、)]\s*(?=\S)", "", text) for letter, text in zip(LETTERS, texts)]
+    return texts
+
+
+_MARK = r"\s*[.:：．、)]\s*(?=\S)"  # between an option's letter and its text
+
+
+def _split_letters(options: Sequence[object]) -> list[str]:
+    """Option texts without their letters ("A. ", "A: ", ...)."""
+    if len(options) > len(LETTERS):
+        raise ValueError(f"{len(options)} options; there are letters for {len(LETTERS)}")
+    return [re.sub(f"^{letter}{_MARK}", "", _text(option)) for letter, option in zip(LETTERS, options)]
 
 
 def _letter(answer: object, options: list[str], first_index: int) -> str:
-    """The gold as a letter: given as one ("A", "A. "), as an option's text, or as an index."""
-    text = _text(answer)
-    if len(text) > 2 and text[0] in LETTERS[: len(options)] and options[LETTERS.index(text[0])] == re.sub(r"^.\s*[.:：．、)]\s*", "", text):
-        return text[0]  # "A. the text of option A"
+    """The gold as a letter: given as one ("A", "A. "), as an option's text, with or without its letter, or as an index."""
+    text, letters = _text(answer), LETTERS[: len(options)]
     bare = text.rstrip(".) ").upper()
-    letters = LETTERS[: len(options)]
     if len(bare) == 1 and bare in letters:
         return bare
     if options.count(text) == 1:
         return letters[options.index(text)]
+    if text[:1] in tuple(letters) and re.sub(f"^.{_MARK}", "", text) == options[letters.index(text[0])]:
+        return text[0]
     if bare.isdecimal() and 0 <= int(bare) - first_index < len(options):
         return letters[int(bare) - first_index]
     raise ValueError(f"answer {text!r} has no option: expected one letter of {letters}, or an option's text")
 
 
-def _find(row: dict, names: tuple[str, ...]) -> str:
-    return next((_text(row[name]) for name in names if name in row), "")
-
-
-def _read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Problem], list[str]]:
-    """The benchmark's name, its problems, and notes on rows that were left out."""
-    raw = list(read_rows(file))
-    if not raw:
-        raise ValueError(f"{file}: no rows; expected JSONL or CSV with one problem a row")
-    rows = [(number, {_key(key): value for key, value in row.items()}) for number, row in raw]
-    other = "zh" if lang == "en" else "en"
-    columns = rows[0][1].keys()
-    if not (columns & {*_STORY[lang], *_QUESTION[lang]}):  # a file in the other language only
-        lang, other = other, lang
-    story_names, question_names = _STORY[lang], _QUESTION[lang]
-    found = {
-        "story": columns & set(story_names),
-        "question": columns & set(question_names),
-        "options": columns & {*_OPTION_LIST, *(pattern.format("a") for pattern in _OPTION[lang])},
-        "answer": columns & set(_ANSWER),
+def _problem(item: dict, reader: Reader, file: Path, number: int, first_index: int) -> tuple[Problem, list[str]]:
+    """An item as a problem, and what had to be repaired."""
+    options = _split_letters(item["options"])
+    if "" in options:
+        raise ValueError(f"option {LETTERS[options.index('')]} is empty")
+    letter = _letter(item["answer"], options, first_index)
+    given = [item["story"], item["question"], *item["options"]]
+    repairs = item.get("repaired", {}) | {
+        "blanks around a text": any(isinstance(text, str) and text != text.strip() for text in given),
+        "a letter before an option's text": options != list(map(_text, item["options"])),
+        "more than a letter as answer": _text(item["answer"]) not in (letter, letter.lower(), *options) and not _text(item["answer"]).isdecimal(),
     }
-    if missing := [part for part, names in found.items() if not names]:
-        raise ValueError(f"{file}: no column for {', '.join(missing)}; the columns are: {', '.join(map(repr, raw[0][1]))}")
-    bilingual = {*_STORY["en"]} & columns and {*_STORY["zh"]} & columns
-    if name is None:
-        name = "tombench-hard" if file.suffix.lower() == ".csv" else "tombench" if "optiona" in columns or "选项a" in columns else "problems"
-    first_index = 0 if any(_find(row, _ANSWER) == "0" for _, row in rows) else 1
+    name = item.get("id", f"{file.stem}:{number}")
+    if reader.shuffled:
+        order = random.Random(f"{reader.name} {name}").sample(range(len(options)), len(options))
+        options, letter = [options[i] for i in order], LETTERS[order.index(LETTERS.index(letter))]
+    problem = Problem(
+        story=_text(item["story"]), question=_text(item["question"]), options=options, answer=letter, ability=item.get("ability", ""),
+        source=item.get("source", f"{reader.name}/{item.get('kind', file.stem)}"), id=name, variant=item.get("variant", ""),
+        joint=item.get("joint", ""),
+    )  # fmt: skip
+    if not problem.question or not problem.story:
+        raise ValueError("the story or the question is empty")
+    "".join((problem.story, problem.question, *problem.options)).encode()  # a lone surrogate is no text
+    return problem, [repair for repair, needed in repairs.items() if needed]
 
-    problems, notes = [], []
+
+def _with_labels(file: Path, rows: list[tuple[int, dict]]) -> list[tuple[int, dict]]:
+    """SocialIQA's rows with their answers, which are in a second file, one a line; all other rows as they are."""
+    labels = file.with_name(f"{file.stem}-labels.lst")
+    if not labels.exists():
+        return rows
+    answers = labels.read_text(encoding="utf-8", errors="replace").split()
+    if len(answers) != len(rows):
+        raise ValueError(f"{labels}: {len(answers)} answers for {len(rows)} rows of {file.name}; expected one each")
+    return [(number, row | {"label": answer}) for (number, row), answer in zip(rows, answers)]
+
+
+def _read_file(file: Path, lang: str, rows: list[tuple[int, dict]], reader: Reader) -> tuple[list[Problem], list[str]]:
+    """A file's problems, and notes on what was repaired and left out, with the lines."""
+    first_index = 0 if any(_text(_find(row, _ANSWER)) == "0" for _, row in rows) else 1  # decided over the whole file
+    problems: list[Problem] = []
+    notes: dict[str, list[int]] = defaultdict(list)
     for number, row in rows:
         try:
-            options = _options(row, lang)
-            if bilingual and lang == "en" and len(options) != len(_options(row, other)):
-                notes.append(f"{file}:{number}: left out: its English question belongs to another story")
+            if "language" in reader.columns and row["language"] != lang:
+                notes["left out: in the other language"].append(number)
                 continue
-            problem = Problem(
-                story=_find(row, story_names),
-                question=_find(row, question_names),
-                options=options,
-                answer=_letter(_find(row, _ANSWER), options, first_index),
-                ability=_find(row, _ABILITY).partition(":")[0].strip().lower(),  # "Belief: Second-order beliefs" is belief
-                source=_text(row.get("source")) or f"{name}/{file.stem}",
-                id=_text(row.get("id")) or f"{file.stem}:{number}",
-                variant=_text(row.get("variant")),
-            )
-            if not problem.question or not problem.story:
-                raise ValueError("the story or the question is empty")
-            "".join((problem.story, problem.question, *problem.options)).encode()  # a lone surrogate is no text
+            for item in reader.items(row, lang):
+                if reason := item.get("left_out"):
+                    notes[f"left out: {reason}"].append(number)
+                    continue
+                problem, repairs = _problem(item, reader, file, number, first_index)
+                problems.append(problem)
+                for repair in repairs:
+                    notes[f"repaired: {repair}"].append(number)
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}") from None
-        problems.append(problem)
-    return name, problems, notes
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{file}:{number}: not a row of {reader.name}: {type(error).__name__} {error}") from None
+    return problems, [f"{file}: {len(numbers)} {note} ({_first(numbers)})" for note, numbers in notes.items()]
+
+
+def _first(numbers: list[int]) -> str:
+    """ "rows 3, 5, 8, ...": some of many."""
+    return f"row{'s'[: len(numbers) - 1]} {', '.join(map(str, numbers[:5]))}{', ...' if len(numbers) > 5 else ''}"
 
 
 def read_files(path: str | Path, name: str | None = None, lang: str = "en") -> tuple[set[str], list[Problem], list[str]]:
-    """Names of the benchmarks found, all problems, and notes on rows left out; `path` is a file, or a folder of them."""
+    """Names of the benchmarks found, all problems, and notes on what was repaired and left out; `path` is a file, or a folder of them.
+
+    In a folder, and those below it, files that hold no problems are left out with a note.
+    """
     if lang not in ("en", "zh"):
         raise ValueError(f"unknown language {lang!r}: expected 'en' or 'zh'")
     path = Path(path)
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in (".jsonl", ".csv")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: no .jsonl or .csv file in this folder")
-    parts = [_read_file(file, name, lang) for file in files]
-    return {part[0] for part in parts}, [p for part in parts for p in part[1]], [n for part in parts for n in part[2]]
+    folder = path.is_dir()
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".jsonl", ".json", ".csv") and f.is_file()) if folder else [path]
+    names, problems, notes = set(), [], []
+    for file in files:
+        raw = _with_labels(file, list(read_rows(file)))
+        rows = [(number, {_key(key): value for key, value in row.items()}) for number, row in raw]
+        reader, missing = _recognise(file, {key for _, row in rows[:1] for key in row})
+        if reader:
+            reader = replace(reader, name=name or reader.name)
+            found, remarks = _read_file(file, lang, rows, reader)
+            names, problems, notes = names | {reader.name}, problems + found, notes + remarks
+        elif folder:
+            notes.append(f"{file}: left out: no problems in it")
+        elif not rows:
+            raise ValueError(f"{file}: no rows; expected one problem a row")
+        else:
+            raise ValueError(f"{file}: no column for {', '.join(missing)}; the columns are: {', '.join(map(repr, raw[0][1]))}")
+    if not problems:
+        raise ValueError(f"{path}: no problems{f' in {lang!r}' if names else ''} found; expected benchmark files: .jsonl, .json or .csv")
+    return names, problems, notes
 
 
 def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") -> list[Problem]:
-    """Problems of ToMBench (JSONL), ToMBench-Hard (CSV) or our JSONL, a file or a folder. Errors: ValueError with file and line.
+    """Problems of one of the eight benchmarks, in their original files, or of our JSONL; a file or a folder.
 
-    Our JSONL has story, question, options (a list) and answer (a letter), and may have ability, source, id and variant.
+    The benchmark is recognised from the columns. Our JSONL has story, question, options (a list) and answer (a letter), and may
+    have ability, source, id and variant. Errors: ValueError with file and line.
     """
     return read_files(path, name, lang)[1]
 
@@ -175,24 +360,42 @@ def evaluate(
     thinking: bool = True,
     token_budget: int = 32768,
     label: str | None = None,
+    samples: int = 1,
+    content: ContentModel | None = None,
+    journal: Path | None = None,
 ) -> dict:
-    """Answer every problem once (temperature 0: greedy) -> the measures above, and `responses`, one record per problem.
+    """Answer every problem `samples` times (temperature 0: greedy) -> what `summarise` says of the records of `measure`.
 
-    `hard`, `control` and `shortcut_gap` are None where no problem has that variant. `label` names a progress bar.
+    `label` names a progress bar. Responses are appended to the file `journal` as they come: called again after an interruption,
+    the evaluation goes on behind them. ValueError: a journal of other settings, a problem too long for the model's context.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
     max_new_tokens = max_new_tokens or tokenizer.max_new_tokens
     prompts = check_lengths(model, tokenizer, problems, max_new_tokens, thinking)
-    answers: dict[tuple[int, ...], list[int]] = {}  # prompt -> sampled tokens
-    with tqdm(total=len(set(map(tuple, prompts))), desc=label, unit="prompt", disable=label is None, leave=False) as bar:
-        for wave in waves(prompts, 1, max_new_tokens, token_budget):
-            groups = generate(model, wave, 1, max_new_tokens, temperature, top_p, 0, tokenizer.stop_ids, seed, token_budget)
-            answers |= {prompt: completion.tokens for prompt, (completion,) in zip(wave, groups)}
-            bar.update(len(wave))
+    settings = dict(samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, token_budget=token_budget)
+    done = _open_journal(journal, settings | {"model": _fingerprint(model), "prompts": _digest(prompts)}) if journal else []
     prefix = tokenizer.think_prefix(thinking)
-    tokens = [answers[tuple(prompt)] for prompt in prompts]
-    records = [measure(problem, prefix + tokenizer.decode(ids), len(ids)) for problem, ids in zip(problems, tokens)]
+    answers: dict[tuple[int, ...], list[tuple[str, int]]] = {}  # prompt -> text and number of tokens of each sample
+    with tqdm(total=len(set(map(tuple, prompts))), desc=label, unit="prompt", disable=label is None, leave=False) as bar:
+        for number, wave in enumerate(waves(prompts, samples, max_new_tokens, token_budget)):  # longest first
+            if number < len(done):
+                texts = done[number]
+            else:
+                groups = generate(model, wave, samples, max_new_tokens, temperature, top_p, 0, tokenizer.stop_ids, seed, token_budget)
+                texts = [[(prefix + tokenizer.decode(c.tokens), len(c.tokens)) for c in group] for group in groups]
+                if journal:
+                    with open(journal, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(texts) + "\n")
+            answers |= zip(wave, texts)
+            bar.update(len(wave))
+    asked = [(i, problem, k, *answers[tuple(prompts[i])][k]) for i, problem in enumerate(problems) for k in range(samples)]
+    records = [measure(problem, text, length) | {"item": i, "sample": k} for i, problem, k, text, length in asked]
+    if content:
+        responses = [(problem, parse_response(text, problem).stages) for _, problem, _, text, _ in asked]
+        scores = content.score([(problem.story, problem.question, stages) for problem, stages in responses], token_budget)
+        for record, (_, stages), some in zip(records, responses, scores):
+            record["content"] = {stage: logistic(score) for (stage, _), score in zip(stages, some)}
     return summarise(records)
 
 
@@ -210,75 +413,381 @@ def check_lengths(
     return prompts
 
 
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint(model: Transformer) -> str:
+    """Changes with every update of any weight."""
+    return _digest([[p.double().sum().item(), p.double().square().sum().item()] for p in model.parameters()])
+
+
+def _open_journal(journal: Path, settings: dict) -> list[list[list[tuple[str, int]]]]:
+    """The waves that a journal holds already: a first line with the settings, then a line for each wave. A torn last line is cut off."""
+    lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        then, *done = map(json.loads, whole) if whole else [settings]
+    except ValueError:
+        raise ValueError(f"{journal}: not the journal of an evaluation; delete it, or choose another --json") from None
+    if then != settings:
+        changed = ", ".join(key for key in settings if not isinstance(then, dict) or then.get(key) != settings[key])
+        raise ValueError(f"{journal} holds an interrupted evaluation with other {changed}: delete it, or choose another --json")
+    write_text(journal, "".join(json.dumps(line) + "\n" for line in (settings, *done)))
+    return done
+
+
 def measure(problem: Problem, text: str, length: int) -> dict:
-    """What one response shows."""
+    """What one response shows; `first_option` is the place in the reasoning, from 0 to 1, where it first names an option."""
     response = parse_response(text, problem)
+    named = [start + at for _, start, end in stage_spans(response.think) for at, _ in option_mentions(response.think[start:end], problem)]
     return {
         "id": problem.id,
         "source": problem.source,
         "ability": problem.ability,
         "variant": problem.variant,
+        "joint": problem.joint,
+        "story": problem.story,
+        "question": problem.question,
+        "options": problem.options,
         "gold": problem.answer,
         "answer": response.answer,
         "correct": response.answer == problem.answer,
         "parsed": response.well_formed,
+        "coverage": len(response.stages) / len(STAGES),
+        "order": stage_order(response),
         "stage_order": tuple(name for name, _ in response.stages) == STAGES,
         "option_early": any(early_options(response, problem)),
+        "first_option": min(named) / len(response.think) if named else None,
+        "repetition": 1 - distinct_share(response.think),
         "length": length,
         "text": text,
     }
 
 
-def summarise(records: list[dict]) -> dict:
-    def mean(key: str, **where: str) -> float | None:
-        values = [record[key] for record in records if all(record[k] == v for k, v in where.items())]
-        return sum(values) / len(values) if values else None
+PROCESS = ("parsed", "coverage", "order", "stage_order", "option_early", "first_option", "repetition", "length")
 
-    hard, control = mean("correct", variant="hard"), mean("correct", variant="control")
+
+@dataclass(frozen=True)
+class Scored:
+    """What counts as one: the samples of a problem, or of several that only count together."""
+
+    records: list[dict]
+    correct: float  # mean over the samples; right when all of its problems are
+    majority: bool  # the same with the most frequent answer of each problem, the earlier one of two
+    story: str  # what the bootstrap draws; twins share theirs
+
+    def __getitem__(self, key: str):
+        return self.records[0][key]
+
+
+def count_together(records: list[dict]) -> list[Scored]:
+    groups: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for position, record in enumerate(records):
+        item = record.get("item", position)
+        groups[record["source"], record["joint"] or item][item].append(record)
+    return [_scored(list(parts.values())) for parts in groups.values()]
+
+
+def _scored(parts: list[list[dict]]) -> Scored:
+    """From the samples of each problem that belongs to it."""
+    first = parts[0][0]
+    right = [all(record["correct"] for record in sample) for sample in zip(*parts)]
+    votes = [Counter(record["answer"] for record in samples if record["answer"]).most_common(1) for samples in parts]
+    majority = all(vote and vote[0][0] == samples[0]["gold"] for vote, samples in zip(votes, parts))
+    story = f"{first['source']} {first['id']}" if first["variant"] else normalise(first["story"])
+    return Scored([record for samples in parts for record in samples], mean(right), majority, story)
+
+
+def normalise(story: str) -> str:
+    """Its letters only, in lower case: what stays the same when line numbers, marks and blanks change."""
+    return "".join(filter(str.isalpha, story.casefold()))
+
+
+def bootstrap(stories: Sequence[str], values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000) -> np.ndarray:
+    """Weighted means of `values` in `draws` samples of the stories, with replacement; the same samples for the same stories."""
+    _, where = np.unique(stories, return_inverse=True)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
+    sums, counts = np.bincount(where, weights * np.asarray(values, dtype=float)), np.bincount(where, weights)
+    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+    with np.errstate(invalid="ignore"):  # a sample without any weight has no mean
+        return (drawn @ sums) / (drawn @ counts)
+
+
+def interval(means: np.ndarray) -> list[float]:
+    return np.nanpercentile(means, (2.5, 97.5)).tolist()
+
+
+def summarise(records: list[dict]) -> dict:
+    """Measures of the module's docstring, by ability, benchmark and file, with 95% intervals; and `process`, by right and wrong.
+
+    `hard`, `control` and `shortcut_gap` are None where no problem has that variant. `questions` counts problems, `n` what is scored.
+    """
+    scored = count_together(records)
+
+    def accuracy(some: list[Scored]) -> tuple[float | None, np.ndarray]:
+        values = [one.correct for one in some]
+        return (mean(values), bootstrap([one.story for one in some], values)) if some else (None, np.full(1, np.nan))
+
+    def by(key: Callable[[Scored], str]) -> dict[str, tuple[float, np.ndarray]]:
+        return {name: accuracy([one for one in scored if key(one) == name]) for name in sorted({key(one) for one in scored})}
+
+    split = {
+        "by_ability": by(lambda one: one["ability"]),
+        "by_benchmark": by(lambda one: one["source"].partition("/")[0]),
+        "by_file": by(lambda one: one["source"]),
+    }
+    single = {"accuracy": accuracy(scored), "macro": tuple(sum(part) / len(part) for part in zip(*split["by_benchmark"].values()))}
+    single |= {variant: accuracy([one for one in scored if one["variant"] == variant]) for variant in ("hard", "control")}
+    if single["hard"][0] is not None and single["control"][0] is not None:
+        stories, values = [one.story for one in scored], [one.correct for one in scored]
+        hard, control = (bootstrap(stories, values, [one["variant"] == name for one in scored]) for name in ("hard", "control"))
+        single["shortcut_gap"] = single["control"][0] - single["hard"][0], control - hard
+    if len(records) > len({record.get("item", i) for i, record in enumerate(records)}):
+        majority = [one.majority for one in scored]
+        single["majority"] = mean(majority), bootstrap([one.story for one in scored], majority)
+    process = _process(records)
     return {
-        "n": len(records),
-        "accuracy": mean("correct"),
-        "parse_rate": mean("parsed"),
-        "by_ability": {ability: mean("correct", ability=ability) for ability in sorted({r["ability"] for r in records})},
-        "hard": hard,
-        "control": control,
-        "shortcut_gap": control - hard if hard is not None and control is not None else None,
-        "stage_order": mean("stage_order"),
-        "option_early": mean("option_early"),
-        "length": mean("length"),
+        "n": len(scored),
+        "questions": len({record.get("item", i) for i, record in enumerate(records)}),
+        "shortcut_gap": None,
+        **{name: value for name, (value, _) in single.items()},
+        "parse_rate": process["parsed"]["all"],
+        **{key: process[key]["all"] for key in ("stage_order", "option_early", "length")},
+        **{name: {part: value for part, (value, _) in parts.items()} for name, parts in split.items()},
+        "process": process,
+        "intervals": {name: interval(means) for name, (value, means) in single.items() if value is not None}
+        | {name: {part: interval(means) for part, (_, means) in parts.items()} for name, parts in split.items()},
         "responses": records,
     }
+
+
+def _process(records: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Means of the process measures over all, right and wrong responses; None of nothing (an option that is never named)."""
+    values = {key: [record[key] for record in records] for key in PROCESS}
+    if any(record.get("content") for record in records):
+        values |= {f"content, {stage}": [record["content"].get(stage) for record in records] for stage in STAGES}
+
+    def over(some: list[float | None], *right: bool) -> float | None:
+        some = [value for value, record in zip(some, records) if record["correct"] in right and value is not None]
+        return mean(some) if some else None
+
+    return {key: {"all": over(some, True, False), "right": over(some, True), "wrong": over(some, False)} for key, some in values.items()}
 
 
 MEASURES = ("accuracy", "hard", "control", "shortcut_gap", "parse_rate", "stage_order", "option_early", "length")
 
 
-def table(results: dict[str, dict]) -> str:
-    """Results side by side, one column each: the measures, then accuracy by ability."""
+def _cell(value: float | None, span: list[float] | None = None, length: bool = False) -> str:
+    if value is None:
+        return "-"
+    form = "{:.1f}" if length else "{:.3f}"
+    return form.format(value) + (f" [{', '.join(map(form.format, span))}]" if span else "")
 
-    def cell(value: float | None, key: str = "") -> str:
-        return "-" if value is None else f"{value:.1f}" if key == "length" else f"{value:.3f}"
 
-    abilities = sorted({ability for result in results.values() for ability in result["by_ability"]})
-    rows = [["", *results], ["problems", *(str(result["n"]) for result in results.values())]]
-    rows += [[key.replace("_", " "), *(cell(result[key], key) for result in results.values())] for key in MEASURES]
-    rows += [[f"  {a or '(no ability)'}", *(cell(result["by_ability"].get(a)) for result in results.values())] for a in abilities]
+def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in rows)
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def table_rows(results: dict[str, dict]) -> list[list[str]]:
+    """Results side by side, one column each: the measures, then accuracy by benchmark, file and ability; alone, with intervals."""
+    alone = len(results) == 1
+    rows = [["", *results], ["problems", *(str(result["n"]) for result in results.values())]]
+    measures = MEASURES if not any("majority" in result for result in results.values()) else ("accuracy", "majority", *MEASURES[1:])
+    for key in measures:
+        cells = ((r.get(key), r.get("intervals", {}).get(key) if alone else None) for r in results.values())
+        rows.append([key.replace("_", " "), *(_cell(value, span, key == "length") for value, span in cells)])
+    for group in ("by_benchmark", "by_file", "by_ability"):
+        names = sorted({name for result in results.values() for name in result.get(group, {})})
+        if len(names) < 2 and group != "by_ability":
+            continue
+        rows.append(["accuracy " + group.replace("_", " "), *("" for _ in results)])
+        if group == "by_benchmark":
+            rows.append(["  mean of them", *(_cell(r["macro"], r["intervals"]["macro"] if alone else None) for r in results.values())])
+        for name in names:
+            cells = ((r[group].get(name), r["intervals"][group].get(name) if alone else None) for r in results.values())
+            rows.append([f"  {name or '(no ability)'}", *(_cell(value, span) for value, span in cells)])
+    return rows
+
+
+def table(results: dict[str, dict]) -> str:
+    return _aligned(table_rows(results))
+
+
+def process_rows(result: dict) -> list[list[str]]:
+    """The process measures of one result, split by right and wrong."""
+    rows = [["process", "all", "right", "wrong"]]
+    for key, means in result["process"].items():
+        rows.append([key.replace("_", " "), *(_cell(means[part], length=key == "length") for part in ("all", "right", "wrong"))])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ two results, and contamination
+
+
+def read_result(path: Path) -> dict:
+    """What --json wrote, or grpo.py's before.json and after.json (all of their parts)."""
+    value = read_json(path)
+    parts = [value] if "responses" in value else list(value.values())
+    try:
+        return summarise([record for part in parts for record in part["responses"]])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: not a result of eval.py --json: {type(error).__name__} {error}") from None
+
+
+def _matched(a: dict, b: dict) -> list[tuple[Scored, Scored]]:
+    """What both results have, in the order of the first; equal names (a source, an id) are told apart by their turn."""
+
+    def named(result: dict) -> dict[tuple, Scored]:
+        turns, found = Counter(), {}
+        for one in count_together(result["responses"]):
+            name = one["source"], one["id"], one["variant"], one["question"]
+            found[*name, turns[name]] = one
+            turns[name] += 1
+        return found
+
+    ours, theirs = named(a), named(b)
+    return [(one, theirs[name]) for name, one in ours.items() if name in theirs]
+
+
+def compare_rows(a: dict, b: dict, names: tuple[str, str]) -> list[list[str]]:
+    """Paired differences b - a on the problems that both answered, with 95% intervals."""
+    pairs = _matched(a, b)
+    if not pairs:
+        raise ValueError(f"{names[0]} and {names[1]} have no problem in common")
+
+    def row(label: str, some: list[tuple[Scored, Scored]], value: Callable[[Scored], float], length: bool = False) -> list[str]:
+        before, after = ([value(pair[side]) for pair in some] for side in (0, 1))
+        changes = [y - x for x, y in zip(before, after)]
+        span = interval(bootstrap([one.story for one, _ in some], changes))
+        return [label, str(len(some)), _cell(mean(before), length=length), _cell(mean(after), length=length), _cell(mean(changes), span, length)]
+
+    def correct(one: Scored) -> float:
+        return one.correct
+
+    rows = [["", "n", *names, "difference [95%]"], row("accuracy", pairs, correct)]
+    for key, title in (("source", "  {}"), ("ability", "  {}"), ("variant", "  {}")):
+        values = sorted({one[key] for one, _ in pairs} - {""})
+        rows += [row(title.format(value), [pair for pair in pairs if pair[0][key] == value], correct) for value in values if len(values) > 1]
+    for key in PROCESS:
+        if key != "first_option":  # not every response has one
+            rows.append(row(key.replace("_", " "), pairs, lambda one: mean([record[key] for record in one.records]), key == "length"))
+    return rows
+
+
+def contamination(training: list[Problem], evaluation: list[Problem]) -> list[Problem]:
+    """Training problems whose story, normalised, stands in the evaluation data too."""
+    known = {normalise(problem.story) for problem in evaluation}
+    return [problem for problem in training if normalise(problem.story) in known]
+
+
+def contamination_note(training: list[Problem], evaluation: list[Problem]) -> str:
+    found = contamination(training, evaluation)
+    if not found:
+        return f"no story of the {len(training)} training problems stands in the evaluation data"
+    named = ", ".join(f"{problem.source} {problem.id}" for problem in found[:3])
+    return f"WARNING: {len(found)} of {len(training)} training problems have a story that stands in the evaluation data: {named}{', ...' if found[3:] else ''}"
+
+
+# ------------------------------------------------------------------------------------------------------------------- report
+
+TEMPLATE = Path(__file__).parent / "assets" / "report.html"
+
+
+def report_page(results: dict[str, dict], tables: list[list[list[str]]], limit: int = 100) -> str:
+    """One self-contained page: tables, then up to `limit` problems, evenly spread, each with its trajectories side by side.
+
+    `results` by name: one, or two of the same problems (before and after). All text is escaped: what a model wrote stays text.
+    """
+    first, *others = results.values()
+    matched = _matched(first, others[0]) if others else [(one,) for one in count_together(first["responses"])]
+    shown = [matched[i * len(matched) // min(limit, len(matched))] for i in range(min(limit, len(matched)))]
+    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(" and ".join(results)),
+        tables="".join(map(_html_table, tables)),
+        count=f"{len(shown)} of {len(matched)}",
+        problems="".join(_html_problem(sides, list(results)) for sides in shown),
+    )
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    lines = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows))
+    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def _html_problem(sides: tuple[Scored, ...], names: list[str]) -> str:
+    """A problem, and of each side its first sample."""
+    parts = []
+    for places in zip(*([record for record in side.records if record.get("sample", 0) == 0] for side in sides)):
+        problem, verdicts = places[0], " ".join("✓" if record["correct"] else "✗" for record in places)
+        title = html.escape(" · ".join(filter(None, (problem["source"], problem["id"], problem["ability"], problem["variant"]))))
+        options = "".join(
+            f"<li{' class=gold' if letter == problem['gold'] else ''}>{html.escape(text)}</li>" for letter, text in zip(LETTERS, problem["options"])
+        )
+        asked = f"<p>{html.escape(problem['story'])}</p><p><b>{html.escape(problem['question'])}</b></p><ol type=A>{options}</ol>"
+        columns = "".join(_html_trajectory(name, record) for name, record in zip(names, places))
+        parts.append(f"<details><summary>{verdicts} {title}</summary>{asked}<div class=sides>{columns}</div></details>")
+    return "".join(parts)
+
+
+def _html_trajectory(name: str, record: dict) -> str:
+    """Stages in their colours, early option names and repetitions marked, the reward's terms on top."""
+    problem = Problem(record["story"], record["question"], record["options"], record["gold"])
+    response = parse_response(record["text"], problem)
+    reward = total_reward(response, problem, record["length"], content=mean(list(record["content"].values())) if "content" in record else None)
+    terms = {"R": reward.total} | {key: value for key, value in reward.parts.items() if key != "tau" and value is not None}
+    badges = "".join(f"<span>{key} {value:.2f}</span>" for key, value in (terms | {"tokens": record["length"]}).items())
+    passages = []
+    for stage, start, end in stage_spans(response.think):
+        if text := response.think[start:end].strip():
+            early = option_mentions(text, problem) if stage != STAGES[-1] else []
+            number = STAGES.index(stage) + 1 if stage else 0
+            passages.append(f'<section class="s{number}"><h4>{stage or "before the first stage"}</h4>{_marked(text, early)}</section>')
+    body = "".join(passages) if response.well_formed else f"<p>not well-formed:</p><pre>{html.escape(record['text'])}</pre>" + "".join(passages)
+    answer = f"answer {record['answer'] or 'unreadable'}, {'right' if record['correct'] else 'wrong: ' + record['gold']}"
+    return f"<article><h3>{html.escape(name)}: {answer}</h3><div class=terms>{badges}</div>{body}</article>"
+
+
+def _marked(text: str, early: list[tuple[int, int]]) -> str:
+    """Escaped text with its marks: option names in `early`, and words of 4-grams that came before."""
+    marks = [""] * len(text)
+    for start, end in _repeated(text):
+        marks[start:end] = ["again"] * (end - start)
+    for start, end in early:
+        marks[start:end] = ["early"] * (end - start)
+    pieces = ((mark, html.escape("".join(character for character, _ in run))) for mark, run in itertools.groupby(zip(text, marks), lambda pair: pair[1]))
+    return f"<p>{''.join(f'<mark class={mark}>{piece}</mark>' if mark else piece for mark, piece in pieces)}</p>"
+
+
+def _repeated(text: str) -> list[tuple[int, int]]:
+    """Spans of 4-grams of words that occurred before."""
+    found = [match for match in re.finditer(r"\w+", text)]
+    seen, spans = set(), []
+    for run in zip(found, found[1:], found[2:], found[3:]):
+        gram = tuple(match[0].casefold() for match in run)
+        if gram in seen:
+            spans.append((run[0].start(), run[-1].end()))
+        seen.add(gram)
+    return spans
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
 
 
 def main() -> None:
-    parser = Parser(description="Evaluate a checkpoint on benchmark files, or on generated stories.")
+    parser = Parser(
+        description="Evaluate a checkpoint on the original files of ToMBench, ToMBench-Hard, SocialIQA, SimpleToM, EmoBench, MotiveBench, Hi-ToM "
+        "and TactfulToM, on our JSONL, or on generated stories; or compare two evaluations."
+    )
     add = parser.add_argument
     add("--model", type=Path, default=TINY, help="Hugging Face checkpoint folder; without it: assets/tiny")
-    add("--data", type=Path, nargs="+", help="ToMBench JSONL, ToMBench-Hard CSV, our JSONL, or folders; without it: generated stories")
+    add("--data", type=Path, nargs="+", help="benchmark files or folders, in any number; without it: generated stories")
     add("--lang", choices=("en", "zh"), default="en", help="language of a bilingual benchmark (en)")
     add("--split", choices=("train", "test", "shift"), default="test", help="of generated stories (test); shift has new words and sentences")
-    add("--limit", type=int, help="number of problems: of stories 400; of a benchmark all, else so many, evenly spread")
-    add("--temperature", type=float, default=0.0, help="of sampling (0: greedy)")
+    add("--limit", type=int, help="number of problems: of stories 400; of benchmarks all, else so many, evenly spread")
+    add("--samples", type=int, default=1, help="responses per problem (1); more give their mean, and the majority's answer")
+    add("--temperature", type=float, help="of sampling (0: greedy, the default; with more samples 1)")
     add("--top-p", type=float, default=1.0, help="nucleus sampling (1: off)")
     add("--max-new-tokens", type=int, help="tokens per response; else generation_config.json decides, or 1024")
     add("--no-thinking", action="store_true", help="ask the chat template for its non-thinking mode")
@@ -286,39 +795,72 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of stories and sampling (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (float32)")
-    add("--json", type=Path, help="write the measures and every response here")
+    add("--content", type=Path, metavar="DIR", help="content model of rewards.py: adds its score of each stage")
+    add("--train", type=Path, nargs="+", help="training files: their stories must not stand in the evaluation data, and are looked for there")
+    add("--json", type=Path, metavar="FILE", help="write the measures and every response here; interrupted, the same command goes on")
+    add("--report", type=Path, metavar="FILE.html", help="write a page to look at: tables and marked trajectories")
+    add("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="no evaluation: paired differences of two results, B - A")
     args = parser.parse_args()
-    for name in ("limit", "max_new_tokens", "token_budget"):
+    for path in filter(None, (args.json, args.report)):
+        if not path.parent.is_dir() or path.is_dir():
+            raise ValueError(f"{path}: expected the name of a file in a folder that exists")
+    if args.compare:
+        names = tuple(str(path.with_suffix("")) for path in args.compare)
+        results = dict(zip(names, map(read_result, args.compare)))
+        tables = [compare_rows(*results.values(), names)]
+    else:
+        results = {args.model.name or str(args.model): run(args)}
+        tables = [table_rows(results), process_rows(*results.values())]
+    print(*map(_aligned, tables), sep="\n\n")
+    if args.json and not args.compare:
+        print(f"every response: {args.json}")
+    if args.report:
+        write_text(args.report, report_page(results, tables))
+        print(f"the page: {args.report}")
+
+
+def run(args: argparse.Namespace) -> dict:
+    """The evaluation that the flags ask for."""
+    for name in ("limit", "max_new_tokens", "token_budget", "samples"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     check_device(args.device)
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed {args.seed}: expected 0 to 2147483647")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
-        raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: expected 0 or more, and a share in (0, 1]")
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"{args.json.parent}: no such folder for --json; make it first")
-
+    temperature = float(args.samples > 1) if args.temperature is None else args.temperature
+    if not 0 <= temperature < math.inf or not 0 < args.top_p <= 1:
+        raise ValueError(f"--temperature {temperature} --top-p {args.top_p}: expected 0 or more, and a share in (0, 1]")
+    if args.samples > 1 and temperature == 0:
+        raise ValueError(f"--samples {args.samples} --temperature 0: greedy samples are all the same; expected a temperature above 0")
     if args.data:
-        problems = []
-        for path in args.data:
-            names, found, notes = read_files(path, lang=args.lang)
-            print(f"{path}: {len(found)} problems ({', '.join(sorted(names))})", *notes, sep="\n  ")
-            problems += found
+        problems = read_all(args.data, args.lang)
         if args.limit and args.limit < len(problems):
             problems = [problems[i * len(problems) // args.limit] for i in range(args.limit)]
     else:
         problems = generate_problems(args.limit or 400, args.seed, args.split)
+    if args.train:
+        print(contamination_note(read_all(args.train, args.lang), problems))
     model = load_model(args.model, args.device, getattr(torch, args.dtype))
-    tokenizer = Tokenizer(args.model)
+    content = load_content_model(args.content, args.device) if args.content else None
+    journal = args.json.with_name(f"{args.json.name}.part") if args.json else None
     result = evaluate(
-        model, tokenizer, problems, args.temperature, args.top_p, args.max_new_tokens, args.seed, not args.no_thinking,
-        args.token_budget, label="evaluating",
+        model, Tokenizer(args.model), problems, temperature, args.top_p, args.max_new_tokens, args.seed, not args.no_thinking,
+        args.token_budget, "evaluating", args.samples, content, journal,
     )  # fmt: skip
-    print(table({args.model.name or str(args.model): result}))
     if args.json:
-        write_json(args.json, result | {"model": str(args.model), "temperature": args.temperature, "seed": args.seed})
-        print(f"every response: {args.json}")
+        write_json(args.json, result | {"model": str(args.model), "temperature": temperature, "samples": args.samples, "seed": args.seed})
+        journal.unlink()
+    return result
+
+
+def read_all(paths: list[Path], lang: str) -> list[Problem]:
+    """Problems of several files and folders; says what was found, repaired and left out."""
+    problems = []
+    for path in paths:
+        names, found, notes = read_files(path, lang=lang)
+        tqdm.write("\n  ".join((f"{path}: {len(found)} problems ({', '.join(sorted(names))})", *notes)))
+        problems += found
+    return problems
 
 
 if __name__ == "__main__":

@@ -111,19 +111,32 @@ _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys
 _PLAIN |= dict.fromkeys((0xAD, *range(0x200B, 0x2010), *range(0x2060, 0x2065), 0xFEFF))
 
 
-def names_option(text: str, problem: Problem) -> bool:
-    """Does the text name an option: by its letter, or by quoting one of four words or more (METHOD.md section 3)?
+def option_mentions(text: str, problem: Problem) -> list[tuple[int, int]]:
+    """Where the text names an option: spans by its letter, then those that quote one of four words or more (METHOD.md section 3).
 
     By its letter: a capital after "option", "choice" or "answer" ("Option A is wrong" names it, too), in parentheses, or at a
     line's start before "." or ")", bullets aside. Small letters number lists; "It is B", "[B]", "the second one" are not caught.
     """
-    if any(match[match.lastindex] in problem.letters for match in _NAMED_LETTER.finditer(text.translate(_PLAIN))):
-        return True
+    kept = [i for i, character in enumerate(text) if _PLAIN.get(ord(character), "") is not None]
+    matches = [match for match in _NAMED_LETTER.finditer(text.translate(_PLAIN)) if match[match.lastindex] in problem.letters]
+    spans = [(kept[match.start()], kept[match.end() - 1] + 1) for match in matches]
     runs = [run for option in problem.options if len(run := words(option)) >= 4]
     if not runs:
-        return False
-    quoted, known = (f" {' '.join(words(t))} " for t in (text, f"{problem.story}\n{problem.question}"))
-    return any((needle := f" {' '.join(run)} ") in quoted and needle not in known for run in runs)
+        return spans
+    places = [(match.span(), word) for match in _WORD.finditer(text) for word in words(match[0])]
+    starts = list(itertools.accumulate((len(word) + 1 for _, word in places), initial=0))  # of each word, in the next line's text
+    quoted, known = (f" {' '.join(run)} " for run in ((word for _, word in places), words(f"{problem.story}\n{problem.question}")))
+    for run in runs:
+        needle, at = f" {' '.join(run)} ", -1
+        while needle not in known and (at := quoted.find(needle, at + 1)) >= 0:
+            first = bisect_left(starts, at)
+            spans.append((places[first][0][0], places[first + len(run) - 1][0][1]))
+            at += len(needle) - 2
+    return spans
+
+
+def names_option(text: str, problem: Problem) -> bool:
+    return bool(option_mentions(text, problem))
 
 
 def stage_order(response: Response) -> float:
@@ -154,7 +167,7 @@ def structure_reward(response: Response, problem: Problem) -> float:
 # ---------------------------------------------------------------------------------------------------- length, curriculum
 
 
-def _logistic(x: float) -> float:
+def logistic(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
@@ -165,10 +178,15 @@ def length_reward(
     if min_length >= max_length:
         raise ValueError(f"min_length {min_length} must be below max_length {max_length}")
     scale = sharpness / (max_length - min_length)
-    window = _logistic(scale * (length - min_length)) * _logistic(-scale * (length - max_length))
-    text = words(response.think)
-    grams = list(zip(text, text[1:], text[2:], text[3:]))
-    return window * (len(set(grams)) / len(grams) if grams else 1.0)
+    window = logistic(scale * (length - min_length)) * logistic(-scale * (length - max_length))
+    return window * distinct_share(response.think)
+
+
+def distinct_share(text: str) -> float:
+    """Distinct / all 4-grams of a text's words: 1 without repetition, and below four words."""
+    run = words(text)
+    grams = list(zip(run, run[1:], run[2:], run[3:]))
+    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def parse(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer) -> list[list[Response]]:
@@ -261,7 +279,7 @@ class ContentModel:
         segments = [[segment for response in group for segment in response.stages] for group in groups]
         asked = [(problem.story, problem.question, some) for problem, some in zip(problems, segments)]
         values = iter(itertools.chain(*self.score(asked)))
-        return [[mean([_logistic(next(values)) for _ in response.stages]) for response in group] for group in groups]
+        return [[mean([logistic(next(values)) for _ in response.stages]) for response in group] for group in groups]
 
 
 def mean(values: list[float]) -> float:

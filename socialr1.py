@@ -36,7 +36,11 @@ STAGES = ("Cue Encoding", "Cue Interpretation", "Goal Clarification", "Response 
 
 @dataclass(frozen=True)
 class Problem:
-    """One multiple-choice question about a story. `variant` is "hard" or "control" for generated stories; twins share source and id."""
+    """One multiple-choice question about a story.
+
+    `variant` is "hard" or "control" for generated stories; twins share source and id. Problems of one source with the same `joint`
+    count as one, right when all are (EmoBench asks for an emotion and its cause).
+    """
 
     story: str
     question: str
@@ -46,6 +50,7 @@ class Problem:
     source: str = ""
     id: str = ""
     variant: str = ""
+    joint: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(self.options))
@@ -110,17 +115,22 @@ def _blocks(text: str, tags: list[re.Match], name: str) -> list[str]:
     return blocks
 
 
-def _split_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
-    """Text before the first heading, and the stages that have text; a repeated heading adds to the first one."""
+def stage_spans(think: str) -> Iterator[tuple[str, int, int]]:
+    """Stage name ("" before the first heading), start and end of every passage, headings aside; a heading can come again."""
     # IGNORECASE also matches letters such as the dotless i, which are no stage's
     headings = [match for match in _HEADING.finditer(think) if match["name"].lower() in _STAGE_OF]
-    preamble = think[: headings[0].start()] if headings else think
-    texts: dict[str, list[str]] = {}
+    yield "", 0, headings[0].start() if headings else len(think)
     for heading, following in zip(headings, headings[1:] + [None]):
-        name = _STAGE_OF[heading["name"].lower()]
-        body = think[heading.end() : following.start() if following else len(think)].strip()
+        yield _STAGE_OF[heading["name"].lower()], heading.end(), following.start() if following else len(think)
+
+
+def _split_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
+    """Text before the first heading, and the stages that have text; a repeated heading adds to the first one."""
+    texts: dict[str, list[str]] = {}
+    for name, start, end in stage_spans(think):
+        body = think[start:end].strip()
         texts.setdefault(name, []).extend([body] if body else [])
-    return preamble.strip(), [(name, "\n".join(parts)) for name, parts in texts.items() if parts]
+    return "".join(texts.pop("")), [(name, "\n".join(parts)) for name, parts in texts.items() if parts]
 
 
 def parse_response(text: str, problem: Problem) -> Response:
@@ -578,15 +588,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a JSONL or CSV file; ValueError names file and line."""
+    """(line number, row) of a JSONL or CSV file; (place, row) of a JSON file with a list of rows, alone or under "data".
+
+    ValueError names file and line.
+    """
     try:
         data = file.read_bytes()
         text = io.StringIO(data.decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}:{data[: error.start].count(10) + 1}: not UTF-8: {error.reason}") from None
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl or .csv file, or a folder of them") from None
-    number = 1
+        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl, .json or .csv file, or a folder of them") from None
+    number, whole = 1, file.suffix.lower() == ".json"
     try:
         if file.suffix.lower() == ".csv":
             reader = csv.DictReader(text, strict=True)
@@ -596,16 +609,23 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
                     raise ValueError(f"{file}:{number}: more cells than the {len(reader.fieldnames)} columns")
                 yield number, row
             return
-        for number, line in enumerate(text, start=1):
-            if line.strip():
-                row = json.loads(line)  # reads the bare NaN of ToMBench
+        for number, item in enumerate(_json_list(text) if whole else text, start=1):
+            if whole or item.strip():
+                row = item if whole else json.loads(item)  # reads the bare NaN of ToMBench
                 if not isinstance(row, dict):
                     raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
                 yield number, row
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{number}: not JSON, at column {error.colno}: {error.msg}") from None
+        raise ValueError(f"{file}:{error.lineno if whole else number}: not JSON, at column {error.colno}: {error.msg}") from None
     except (csv.Error, RecursionError, OverflowError) as error:
         raise ValueError(f"{file}:{number}: broken row: {error}") from None
+
+
+def _json_list(text: io.StringIO) -> list:
+    """The rows of a JSON file; none where it holds something else."""
+    value = json.load(text)
+    value = value.get("data") if isinstance(value, dict) else value
+    return value if isinstance(value, list) else []
 
 
 def write_text(path: Path, text: str) -> None:
