@@ -805,9 +805,8 @@ def main() -> None:
         if not path.parent.is_dir() or path.is_dir():
             raise ValueError(f"{path}: expected the name of a file in a folder that exists")
     if args.compare:
-        names = tuple(str(path.with_suffix("")) for path in args.compare)
-        results = dict(zip(names, map(read_result, args.compare)))
-        tables = [compare_rows(*results.values(), names)]
+        results = {f"{side}: {path.with_suffix('')}": read_result(path) for side, path in zip("AB", args.compare)}
+        tables = [compare_rows(*results.values(), tuple(results))]
     else:
         results = {args.model.name or str(args.model): run(args)}
         tables = [table_rows(results), process_rows(*results.values())]

@@ -3,11 +3,31 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval
-from eval import measure, read_benchmark, read_files, summarise, table
-from socialr1 import Problem
+from eval import (
+    bootstrap, compare_rows, contamination, contamination_note, count_together, evaluate, interval, measure, read_benchmark,
+    read_files, report_page, summarise, table, table_rows,
+)  # fmt: skip
+from model import Tokenizer, generate, load_model
+from rewards import load_content_model
+from socialr1 import TINY, TINY_CONTENT, Problem, build_messages, generate_problems
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+# ---------------------------------------------------------------------------------------------------- one column for each part
 
 
 def tombench_row(**changes):
@@ -20,12 +40,6 @@ def tombench_row(**changes):
     return json.dumps(row | changes, ensure_ascii=False)
 
 
-def write(tmp_path, name, text):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
 def test_tombench_in_both_languages(tmp_path):
     nan = float("nan")
     rows = [
@@ -36,7 +50,12 @@ def test_tombench_in_both_languages(tmp_path):
     ]
     path = write(tmp_path, "False Belief Task.jsonl", "\n".join(rows))
     names, problems, notes = read_files(path)
-    assert names == {"tombench"} and notes == [f"{path}:4: left out: its English question belongs to another story"]
+    assert names == {"tombench"} and sorted(notes) == [
+        f"{path}: 1 left out: its English question belongs to another story (row 4)",
+        f"{path}: 1 repaired: more than a letter as answer (row 3)",
+        f"{path}: 2 repaired: a letter before an option's text (rows 1, 3)",
+        f"{path}: 2 repaired: blanks around a text (rows 1, 3)",
+    ]
     assert problems == read_benchmark(path)
     assert problems[0] == Problem(
         "Li put a ball in the box.", "Where is the ball?", ("Box", "Bag", "Jar", "Table"), "A", "belief",
@@ -51,19 +70,150 @@ def test_tombench_in_both_languages(tmp_path):
 def test_our_jsonl_and_folders(tmp_path):
     row = {"story": "s", "question": "q", "options": ["a b", "B. c"], "answer": "b", "ability": "desire", "source": "x", "id": "7", "variant": "hard"}
     write(tmp_path, "one.jsonl", b"\xef\xbb\xbf" + json.dumps(row).encode())
-    write(tmp_path, "two.jsonl", json.dumps(row | {"answer": "a b"}) + "\n")
+    write(tmp_path, "below/two.jsonl", json.dumps(row | {"answer": "a b"}) + "\n")
     write(tmp_path, "notes.txt", "no benchmark")
-    problems = read_benchmark(tmp_path)
-    assert problems[0] == Problem("s", "q", ("a b", "c"), "B", "desire", "x", "7", "hard")
-    assert problems[1].answer == "A"
+    write(tmp_path, "settings.json", '{"a": 1}')
+    names, problems, notes = read_files(tmp_path)
+    assert sorted(p.answer for p in problems) == ["A", "B"] and names == {"problems"}
+    assert f"{tmp_path}/settings.json: left out: no problems in it" in notes
+    assert Problem("s", "q", ("a b", "c"), "B", "desire", "x", "7", "hard") in problems
 
 
 def test_tombench_hard_csv(tmp_path):
     text = '\ufeffStory,QUESTION,Option_A,option-b,OPTION C,"Option\nD",Answer,Category\n"s\nt",q,A. a,b,nan,,"b",Belief\n'
     (problem,) = read_benchmark(write(tmp_path, "hard.csv", text))
     assert (problem.story, problem.options, problem.answer, problem.ability) == ("s\nt", ("a", "b"), "B", "belief")
+    assert problem.source == "tombench-hard/hard"
     listed = "context,question,choices,label\n" + "s,q,\"['x', 'y']\",1\n" + "s,q,\"['x', 'y']\",0\n"
     assert [p.answer for p in read_benchmark(write(tmp_path, "list.csv", listed))] == ["B", "A"]  # a 0 stands in the file
+
+
+def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
+    row = {"context": "Ann helped Bo.", "question": "Why?", "answerA": "to be kind", "answerB": "to win", "answerC": "no reason"}
+    path = write(tmp_path, "dev.jsonl", lines(row, row, row))
+    with pytest.raises(ValueError, match="answer '' has no option"):
+        read_benchmark(path)
+    labels = write(tmp_path, "dev-labels.lst", "3\n1\n2\n")
+    names, problems, _ = read_files(path)
+    assert names == {"socialiqa"} and [p.answer for p in problems] == ["C", "A", "B"]
+    assert problems[0].options == ("to be kind", "to win", "no reason") and problems[0].story == "Ann helped Bo."
+    labels.write_text("3\n1\n")
+    with pytest.raises(ValueError, match="2 answers for 3 rows"):
+        read_benchmark(path)
+    hub = write(tmp_path, "hub.jsonl", lines(row | {"label": "1\n"}, row | {"label": "3"}))
+    assert [p.answer for p in read_benchmark(hub)] == ["A", "C"]
+    zero_based = write(tmp_path, "zero.jsonl", lines(row | {"label": 0}, row | {"label": 2}))
+    assert [p.answer for p in read_benchmark(zero_based)] == ["A", "C"]
+    letters = write(tmp_path, "v14.jsonl", lines(row | {"correct": "B"}))
+    assert [p.answer for p in read_benchmark(letters)] == ["B"]
+
+
+# ------------------------------------------------------------------------------------------------------- formats of their own
+
+
+def gold(problem):
+    return problem.options["ABCDEFGHIJKLMNOPQRSTUVWXYZ".index(problem.answer)]
+
+
+def test_emobench(tmp_path):
+    eu = {
+        "qid": "7", "language": "en", "coarse_category": "emotional_cues", "finegrained_category": "x", "scenario": "Ann lost a cup.\n",
+        "subject": "Ann", "emotion_choices": ["Joy", "Anger", "Joy & Anger", "Fear", "Pride", "Guilt"], "emotion_label": "Joy & Anger",
+        "cause_choices": ["The cup, old, was gone", "No cup", "A cup", "Her cup"], "cause_label": "A cup",
+    }  # fmt: skip
+    zh = eu | {"language": "zh", "subject": "安"}
+    names, problems, notes = read_files(write(tmp_path, "EU.jsonl", lines(eu, zh)))
+    assert names == {"emobench"} and len(problems) == 2
+    emotion, cause = problems
+    assert gold(emotion) == "Joy & Anger" and gold(cause) == "A cup" and set(cause.options) == set(eu["cause_choices"])
+    assert emotion.joint == cause.joint == "EU:en:7" and emotion.id != cause.id and emotion.story == "Ann lost a cup."
+    assert "Ann" in emotion.question and "Ann" in cause.question
+    assert f"{tmp_path}/EU.jsonl: 1 left out: in the other language (row 2)" in notes
+    assert "安" in read_benchmark(tmp_path / "EU.jsonl", lang="zh")[0].question
+    many = [eu | {"qid": str(i), "cause_label": "The cup, old, was gone"} for i in range(200)]  # always the first, as in the Chinese file
+    letters = [p.answer for p in read_benchmark(write(tmp_path, "many.jsonl", lines(*many))) if p.id.endswith("cause")]
+    assert all(25 <= letters.count(letter) <= 75 for letter in "ABCD")
+    ea = {
+        "qid": "7", "language": "en", "category": "Social-Self", "question type": "Action", "scenario": "Ann lost a cup.", "subject": "Ann",
+        "choices": ["Run", "Call, then wait", "Sing", "Sleep"], "label": "Call, then wait",
+    }  # fmt: skip
+    (problem,) = read_benchmark(write(tmp_path, "EA.jsonl", lines(ea)))
+    assert gold(problem) == "Call, then wait" and problem.joint == "" and problem.source == "emobench/EA"
+
+
+def test_motivebench(tmp_path):
+    row = {"idx": 3}
+    for place, kind in enumerate(("Motivation", "Behavior", "Motivation and Behavior"), start=1):
+        row |= {
+            f"{kind} Reasoning Question": f"Ann runs {place}. She sweats. What is it?" if place < 3 else "Ann runs 3.",
+            f"Options {place}": [f"{letter}. text {letter}. more" for letter in "ABCDEF"], f"Correct Answer {place}": "BCF"[place - 1],
+        }  # fmt: skip
+    names, problems, _ = read_files(write(tmp_path, "Blog_questions.json", json.dumps([row], indent=4)))
+    assert names == {"motivebench"} and [gold(p) for p in problems] == ["text B. more", "text C. more", "text F. more"]
+    assert [(p.story, p.question) for p in problems] == [
+        ("Ann runs 1. She sweats.", "What is it?"), ("Ann runs 2. She sweats.", "What is it?"),
+        ("Ann runs 3.", "What is the most likely motivation and behavior?"),
+    ]  # fmt: skip
+    assert [p.ability for p in problems] == ["motivation", "behavior", "motivation and behavior"]
+
+
+def test_hitom_reads_the_trustworthy_half(tmp_path):
+    options = ", ".join(f"{letter}. {letter.lower()}_box" for letter in "ABCDEFGHIJKLMNO")
+    row = dict(
+        prompting_type="CoTP", deception=False, story_length=1, question_order=2, sample_id=0, question="Where?", choices=options, answer="c_box",
+        story="1 Ann entered the hall.\n2 Ann left.\n***\n\n",
+    )  # fmt: skip
+    repeat = row | {"prompting_type": "VP", "sample_id": 300, "answer": "d_box", "story": "Read the following story.\n" + row["story"]}
+    names, problems, notes = read_files(write(tmp_path, "Hi-ToM_data.json", json.dumps({"data": [row, repeat]})))
+    assert names == {"hitom"} and len(problems) == 1
+    assert problems[0].story == "1 Ann entered the hall.\n2 Ann left." and len(problems[0].options) == 15 and problems[0].answer == "C"
+    assert problems[0].ability == "order 2" and "Note:" in problems[0].question  # questions on deception need the assumptions
+    assert f"{tmp_path}/Hi-ToM_data.json: 1 left out: repeats a CoTP row, some with a wrong answer (row 2)" in notes
+
+
+def test_tactfultom(tmp_path):
+    def ask(name, question, right, wrong):
+        return {"question": question, "question_type": "x", "correct_answer": right, "wrong_answer": wrong, "q_id": name}
+
+    row = {
+        "full_context": "**Ann**: Hi.\n\n**Bo**: Hi.", "characters": {"liar": "Ann"}, "comprehensionQA": [ask("c", "True?", "No", "Yes")],
+        "justificationQA": [ask("j", "Why?", "Because, well, so", ["no", "yes", "or"])], "fact_reasonQA": [], "fact_truthQA": [],
+        "lieabilityQAs": [ask("l", "Choose:", "x", ["y", "z", "w"])],
+        "beliefQAs": [
+            ask("b0", "What does Ann believe about 'it'?", "Ann believes it", ["Ann is unaware", "Ann asks", "Ann forgot"]),
+            ask("b1", "What does Bo believe about 'it'?", "Cy believes that Bo said it", ["Cy is unaware", "Cy asks", "Cy forgot"]),
+            ask("b2", "What does Ann believe about Bo's belief?", "Ann believes so", "Ann is unaware"),
+        ],
+    }  # fmt: skip
+    names, problems, notes = read_files(write(tmp_path, "Tactful_conv_set_0.json", json.dumps([row])))
+    assert names == {"tactfultom"} and {p.id: gold(p) for p in problems} == {
+        "j": "Because, well, so", "l": "x", "b0": "Ann believes it", "b2": "Ann believes so"}  # fmt: skip
+    assert {p.id: len(p.options) for p in problems} == {"j": 4, "l": 4, "b0": 4, "b2": 2}
+    assert notes == [f"{tmp_path}/Tactful_conv_set_0.json: 1 left out: asks about one person, and all options speak of another (row 1)"]
+
+
+def test_simpletom(tmp_path):
+    rows = [
+        {"id": f"cup_sev1_{kind}", "story": "The cup leaks. Ann buys it.", "question": "And then? ", "scenario_name": "x",
+         "choices": {"text": ["Yes", "No"], "label": ["A", "B"]}, "answerKey": "B"}
+        for kind in ("aware", "action", "judge")
+    ]  # fmt: skip
+    for folder, row in zip(("mental-state-qa", "behavior-qa", "judgment-qa"), rows):
+        write(tmp_path, f"{folder}/test.jsonl", lines(row))
+    names, problems, _ = read_files(tmp_path)
+    assert names == {"simpletom"} and all(gold(p) == "No" for p in problems)
+    assert sorted(p.source for p in problems) == ["simpletom/behavior", "simpletom/judgment", "simpletom/mental state"]
+    many = lines(*({**rows[0], "id": f"{i}_aware"} for i in range(200)))  # the gold is always No, here always B
+    letters = [p.answer for p in read_benchmark(write(tmp_path, "many.jsonl", many))]
+    assert 70 <= letters.count("A") <= 130
+
+
+def test_options_are_shuffled_by_the_item_and_not_by_its_place(tmp_path):
+    row = {"qid": "1", "language": "en", "category": "c", "question type": "Action", "scenario": "s", "subject": "Ann",
+           "choices": list("wxyz"), "label": "x"}  # fmt: skip
+    first = read_benchmark(write(tmp_path, "one.jsonl", lines(row, row | {"qid": "2"}, row | {"qid": "3"})))
+    second = read_benchmark(write(tmp_path, "two.jsonl", lines(row | {"qid": "3"}, row)))
+    assert [first[2].options, first[0].options] == [p.options for p in second]
 
 
 GOOD = '{"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}\n'
@@ -85,6 +235,11 @@ GOOD = '{"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}\n'
         ("x.jsonl", "", "x.jsonl: no rows"),
         ("x.csv", "Story,QUESTION,Gold Answer\ns,q,A\n", "no column for options, answer; the columns are: 'Story', 'QUESTION', 'Gold Answer'"),
         ("x.csv", "story,question,a,b,answer\ns,q,x,y,A,too many\n", "x.csv:2: more cells than the 5 columns"),
+        ("x.json", "[1, 2]", "x.json:1: expected a JSON object, got int"),
+        ("x.json", "[\n{,", "x.json:2: not JSON, at column 2"),
+        ("x.json", '{"qid": 1}', "x.json: no rows"),
+        ("x.jsonl", '{"qid": "1", "language": "en", "emotion_choices": 5, "cause_choices": 5}', "x.jsonl:1: not a row of emobench: KeyError"),
+        ("x.json", '[{"full_context": 1, "beliefQAs": 3, "characters": {}}]', "x.json:1: not a row of tactfultom: TypeError"),
     ],
 )  # fmt: skip
 def test_broken_files_are_named_with_their_line(tmp_path, name, text, message):
@@ -93,25 +248,191 @@ def test_broken_files_are_named_with_their_line(tmp_path, name, text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+# ------------------------------------------------------------------------------------------------------------------- measures
+
+WHOLE = "Cue Encoding: x\nCue Interpretation: y\nGoal Clarification: z\nResponse Generation: w"
+
+
+def answered(letter, think="Cue Encoding: x"):
+    return f"<think>{think}</think><Answer>{letter}</Answer>"
+
+
 def test_measures_by_hand():
-    hard, control = (Problem("s", "q", ("a", "b"), "A", "belief", variant=v) for v in ("hard", "control"))
-    whole = "Cue Encoding: x\nCue Interpretation: y\nGoal Clarification: z\nResponse Generation: w"
+    hard, control = (Problem(v, "q", ("a", "b"), "A", "belief", variant=v) for v in ("hard", "control"))
     records = [
-        measure(hard, f"<think>{whole}</think><Answer>A</Answer>", 10),  # right
-        measure(hard, f"<think>Option B.\n{whole}</think><Answer>B</Answer>", 20),  # wrong, and named an option first
-        measure(control, "<think>Cue Encoding: x</think><Answer>A</Answer>", 30),  # right, one stage
-        measure(control, "<think>Cue Encoding: x</think><Answer>A</Answer> so", 40),  # right, but not well-formed
+        measure(hard, answered("A", WHOLE), 10),  # right
+        measure(hard, answered("B", f"Option B.\n{WHOLE}"), 20),  # wrong, and named an option first
+        measure(control, answered("A"), 30),  # right, one stage
+        measure(control, answered("A") + " so", 40),  # right, but not well-formed
         measure(control, "no idea", 50),  # nothing to read: wrong
     ]
     result = summarise(records)
-    assert result.pop("by_ability") == {"belief": 0.6} and len(result.pop("responses")) == 5
-    assert result == pytest.approx({
-        "n": 5, "accuracy": 0.6, "parse_rate": 0.6, "hard": 0.5, "control": 2 / 3,
+    assert result["by_ability"] == {"belief": 0.6} and len(result["responses"]) == 5
+    expected = {
+        "n": 5, "questions": 5, "accuracy": 0.6, "parse_rate": 0.6, "hard": 0.5, "control": 2 / 3,
         "shortcut_gap": 2 / 3 - 0.5, "stage_order": 0.4, "option_early": 0.2, "length": 30.0,
-    })  # fmt: skip
-    assert re.search(r"shortcut gap +0\.167\n", table({"before": summarise(records)}))
+    }  # fmt: skip
+    assert {key: result[key] for key in expected} == pytest.approx(expected)
+    process = result["process"]
+    assert process["length"] == pytest.approx({"all": 30, "right": 80 / 3, "wrong": 35})
+    assert process["coverage"] == pytest.approx({"all": (1 + 1 + 0.25 + 0.25 + 0) / 5, "right": 0.5, "wrong": 0.5})
+    assert process["first_option"] == {"all": 0.0, "right": None, "wrong": 0.0}  # "Option B" stands at the very beginning
+    assert process["option_early"] == {"all": 0.2, "right": 0.0, "wrong": 0.5}
+    assert re.search(r"shortcut gap +0\.167", table({"before": result, "after": result}))
     only = summarise(records[:1])
     assert only["control"] is None and only["shortcut_gap"] is None
+
+
+def test_where_an_option_is_first_named():
+    problem = Problem("s", "q", ("a b c d", "no"), "A")
+    think = "Cue Encoding: she saw it\nCue Interpretation: 'A, B! c d' it is\nResponse Generation: option B"
+    assert measure(problem, answered("A", think), 1)["first_option"] == think.index("A, B!") / len(think)
+    late = "Cue Encoding: she saw it\nResponse Generation: option B"
+    assert measure(problem, answered("A", late), 1)["first_option"] == late.index("option B") / len(late)
+
+
+def test_questions_that_only_count_together():
+    def records(joint, *answers):
+        return [measure(Problem("s", f"q{i}", ("a", "b"), "A", id=f"{joint}{i}", joint=joint), answered(a), 5) for i, a in enumerate(answers)]
+
+    result = summarise(records("one", "A", "A") + records("two", "A", "B") + records("three", "B", "B") + records("", "A"))
+    assert result["n"] == 4 and result["questions"] == 7 and result["accuracy"] == 0.5  # one and the single question
+
+
+def test_samples_mean_and_majority():
+    problems = [Problem(f"s{i}", "q", ("a", "b", "c"), "A", id=str(i)) for i in range(3)]
+    letters = ("AAB", "ABB", "xBA")  # x: unreadable, no vote; of B and A the earlier one wins
+    records = [
+        measure(problem, answered(letter), 5) | {"item": i, "sample": k}
+        for i, (problem, some) in enumerate(zip(problems, letters)) for k, letter in enumerate(some)
+    ]  # fmt: skip
+    result = summarise(records)
+    assert (result["n"], result["accuracy"], result["majority"]) == (3, pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3), pytest.approx(1 / 3))
+    joint = [record | {"joint": "all"} for record in records]
+    assert summarise(joint)["accuracy"] == 0.0  # in no sample are all three right
+
+
+def test_macro_mean_over_benchmarks():
+    right, wrong = (measure(Problem("s", "q", ("a", "b"), "A", source=source), answered(letter), 5) for source, letter in (("x/1", "A"), ("y/1", "B")))
+    result = summarise([right, right, right, wrong])
+    assert result["accuracy"] == 0.75 and result["macro"] == 0.5 and result["by_benchmark"] == {"x": 1.0, "y": 0.0}
+
+
+def test_bootstrap_draws_whole_stories():
+    # Ten stories of ten questions, five all right and five all wrong: the mean of ten coins, standard error .158, as if there
+    # were ten questions. Drawing questions instead would give .05.
+    stories = [str(i) for i in range(10) for _ in range(10)]
+    values = [float(i < 5) for i in range(10) for _ in range(10)]
+    means = bootstrap(stories, values)
+    assert means.std() == pytest.approx(np.sqrt(0.25 / 10), rel=0.06) and means.mean() == pytest.approx(0.5, abs=0.02)
+    low, high = interval(means)
+    assert (low, high) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01))  # quantiles of Binomial(10, 1/2) / 10
+    assert interval(bootstrap(["a", "a"], [1.0, 0.0])) == [0.5, 0.5]  # one story: nothing to draw from
+
+
+def test_paired_differences():
+    problems = [Problem(f"story {'abcdefghij'[i % 10]} {'abcdefgh'[i // 10]}", "q", ("a", "b"), "A", "belief", "x/1", str(i)) for i in range(80)]
+
+    def result(letters):
+        return summarise([measure(problem, answered(letter), 5) for problem, letter in zip(problems, letters)])
+
+    before, after = result("A" * 40 + "B" * 40), result("A" * 30 + "B" * 10 + "A" * 40)  # of 80, ten lost and forty won
+    rows = {row[0]: row[1:] for row in compare_rows(before, after, ("before", "after"))}
+    assert rows["accuracy"][:3] == ["80", "0.500", "0.875"] and rows["accuracy"][3].startswith("0.375 [")
+    low, high = map(float, re.findall(r"-?\d\.\d+", rows["accuracy"][3])[1:])
+    margin = 1.96 * np.sqrt((50 / 80 - 0.375**2) / 80)  # of a paired difference; unpaired it would be 1.96 * .067 = .131
+    assert (low, high) == (pytest.approx(0.375 - margin, abs=0.015), pytest.approx(0.375 + margin, abs=0.015))
+    half = result("A" * 40)  # of the first forty only
+    assert {row[0]: row[1] for row in compare_rows(before, half, ("a", "b"))}["accuracy"] == "40"
+    with pytest.raises(ValueError, match="a and b have no problem in common"):
+        compare_rows(before, summarise([measure(Problem("s", "q", ("a", "b"), "A"), "", 1)]), ("a", "b"))
+
+
+def test_contamination_sees_through_numbers_marks_and_case():
+    seen = Problem("1 Ann LEFT,\n2 the hall.", "q", ("a", "b"), "A", source="x", id="7")
+    other = Problem("Bo left the hall.", "q", ("a", "b"), "A")
+    evaluation = [Problem("Ann left the hall", "another question", ("c", "d"), "B")]
+    assert contamination([seen, other], evaluation) == [seen]
+    assert contamination_note([seen, other], evaluation).startswith("WARNING: 1 of 2 training problems have a story that stands")
+    assert contamination_note([other], evaluation) == "no story of the 1 training problems stands in the evaluation data"
+
+
+# ---------------------------------------------------------------------------------------------------------- whole evaluations
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model(TINY), Tokenizer(TINY)
+
+
+def test_samples_are_those_of_generate_and_stages_are_scored(tiny):
+    problems = generate_problems(6, 0, "test")
+    result = evaluate(*tiny, problems, temperature=1.0, samples=2, max_new_tokens=120, seed=3, content=load_content_model(TINY_CONTENT))
+    prompts = [tiny[1].chat(build_messages(problem)) for problem in problems]
+    groups = generate(tiny[0], prompts, 2, 120, 1.0, stop_ids=tiny[1].stop_ids, seed=3)
+    expected = [tiny[1].decode(c.tokens) for group in groups for c in group]
+    assert [r["text"].removeprefix(tiny[1].think_prefix()) for r in result["responses"]] == expected
+    scorer = load_content_model(TINY_CONTENT)
+    record = result["responses"][0]
+    assert set(record["content"]) == {name for name, _ in eval.parse_response(record["text"], problems[0]).stages}
+    rewards = scorer.rewards([problems[0]], [[eval.parse_response(record["text"], problems[0])]])
+    assert np.mean(list(record["content"].values())) == pytest.approx(rewards[0][0], abs=1e-5)
+    assert result["process"]["content, Cue Encoding"]["all"] is not None and 0 <= result["majority"] <= 1
+
+
+def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
+    problems, journal = generate_problems(10, 0, "test"), tmp_path / "out.json.part"
+    settings = dict(temperature=1.0, max_new_tokens=60, token_budget=400)
+    whole = evaluate(*tiny, problems, **settings)
+    calls = []
+
+    def generate_twice(*args):
+        calls.append(args[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args)
+
+    monkeypatch.setattr(eval, "generate", generate_twice)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*tiny, problems, **settings, journal=journal)
+    with open(journal, "a") as file:
+        file.write('[["torn')
+    resumed = evaluate(*tiny, problems, **settings, journal=journal)
+    assert resumed["responses"] == whole["responses"] and len(calls) > 4
+    assert all(wave not in calls[3:] for wave in calls[:2])  # what was done is not done again
+    with pytest.raises(ValueError, match="out.json.part holds an interrupted evaluation with other temperature: delete it"):
+        evaluate(*tiny, problems, **settings | {"temperature": 0.5}, journal=journal)
+    journal.write_text("no journal\n")
+    with pytest.raises(ValueError, match="not the journal of an evaluation"):
+        evaluate(*tiny, problems, **settings, journal=journal)
+
+
+def test_the_page_is_text_and_nothing_else(tmp_path):
+    evil = "<script>alert(1)</script> & <img src=x onerror=alert(2)> ${title}"
+    problem = Problem(f"story {evil}", f"question {evil}", (f"option {evil}", "b"), "B", "belief", "x/<b>", f"id {evil}", "")
+    think = f"Cue Encoding: option A it is {evil}\nGoal Clarification: one two three four one two three four"
+    before, after = (summarise([measure(problem, text, 40)]) for text in (answered("A", think), f"not well-formed {evil}"))
+    page = report_page({f"before {evil}": before, "after": after}, [table_rows({"before": before})])
+    assert "<script" not in page and "<img" not in page and "src=" not in page.replace("src=x onerror", "")
+    assert page.count("&lt;script&gt;") >= 6 and "http" not in page
+    assert '<mark class=early>option A</mark>' in page
+    assert '<mark class=again>one two three four</mark>' in page
+    assert page.index("before") < page.index("after") and 'class="s1"' in page and 'class="s3"' in page
+    assert page.count("<details") == page.count("</details") == 1
+
+
+def test_the_command_line(tmp_path, command):
+    result, page = tmp_path / "a.json", tmp_path / "a.html"
+    run = ["--limit", "4", "--json", result, "--max-new-tokens", "60"]
+    code, out, _ = command(eval.main, *run, "--report", page)
+    assert code == 0 and re.search(r"accuracy +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", out) and "content" not in out
+    assert len(json.loads(result.read_text())["responses"]) == 4 and "</html>" in page.read_text()
+    assert not (tmp_path / "a.json.part").exists()
+    code, out, _ = command(eval.main, "--compare", result, result, "--report", page)
+    assert code == 0 and "0.000 [0.000, 0.000]" in out and page.read_text().count("<article>") == 8
+    overlapping = write(tmp_path, "train.jsonl", lines({"story": generate_problems(1, 0, "test")[0].story.upper(), "question": "q", "options": ["a", "b"], "answer": "A"}))
+    code, out, _ = command(eval.main, *run, "--train", overlapping)
+    assert code == 0 and "WARNING: 1 of 1 training problems have a story that stands in the evaluation data" in out
 
 
 def test_the_command_line_fails_in_one_line(tmp_path, command):
@@ -121,6 +442,10 @@ def test_the_command_line_fails_in_one_line(tmp_path, command):
         (["--model", str(tmp_path / "none")], f"error: {tmp_path}/none: no such model folder"),
         (["--data", str(bad)], f"error: {bad}:1: not JSON"),
         (["--data", str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),
+        (["--samples", "0"], "error: --samples 0: expected at least 1"),
+        (["--samples", "2", "--temperature", "0"], "error: --samples 2 --temperature 0: greedy samples are all the same"),
+        (["--report", str(tmp_path / "no" / "x.html")], f"error: {tmp_path}/no/x.html: expected the name of a file in a folder that exists"),
+        (["--compare", str(bad), str(bad)], f"error: {bad}: not readable as JSON"),
     ]:
         code, _, err = command(eval.main, *arguments)
         assert code == 2 and err.startswith(message) and err.count("\n") == 1, err
