@@ -213,18 +213,24 @@ class Sequences:
         causal = index[None, :] <= index[past:, None]  # (T, past + T)
         itself = index[None, :] == index[past:, None]  # padding attends to itself: a softmax over nothing is NaN
         self.mask = (causal & whole[:, None, :] | itself)[:, None]  # (B, 1, T, past + T)
-        if not past and valid.all():
+        if not past and (valid[:, :-1] | ~valid[:, 1:]).all():  # nothing, or padding on the right, which nobody before it sees:
             self.mask = None  # plain causal attention has faster kernels
         self.keys: dict[int, Tensor] = {}  # by layer: (B, kv_heads, T, head_dim)
         self.values: dict[int, Tensor] = {}
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of everything so far, what is continued included: (B, kv_heads, past + T, head_dim)."""
+        own = self.keys[layer], self.values[layer]
+        if not self.prompts:
+            return own
+        earlier = self.prompts.keys[layer][self.owner], self.prompts.values[layer][self.owner]
+        return torch.cat((earlier[0], own[0]), dim=2), torch.cat((earlier[1], own[1]), dim=2)
 
     @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, T, head_dim), keys and values (B, kv_heads, T, head_dim) -> (B, heads, T, head_dim)."""
         self.keys[layer], self.values[layer] = k, v
-        if self.prompts:
-            k = torch.cat((self.prompts.keys[layer][self.owner], k), dim=2)
-            v = torch.cat((self.prompts.values[layer][self.owner], v), dim=2)
+        k, v = self.cache(layer)
         if self.mask is not None and not q.is_cpu:  # a GPU's fast kernels take a mask or shared keys, not both
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         shared = q.shape[1] != k.shape[1]
@@ -240,21 +246,30 @@ class Decoding:
     lanes; lane i sits in seat `seats[i]` of P * K * G.
     """
 
-    def __init__(self, prompts: Sequences, group_size: int, room: int):
-        P, self.kv_heads, L, head_dim = prompts.keys[0].shape
-        device, dtype = prompts.valid.device, prompts.keys[0].dtype
+    def __init__(self, config: ModelConfig, lengths: Tensor, group_size: int, room: int, dtype: torch.dtype):
+        """For prompts of these `lengths` (P,), whose keys and values `take` brings, and `room` new tokens of each completion."""
+        P, L, device, self.kv_heads = len(lengths), int(lengths.max()), lengths.device, config.num_kv_heads
         self.group_size, self.length = group_size, 0
         self.owner = torch.arange(P, device=device).repeat_interleave(group_size)  # (B,) the prompt of each row
         self.place = torch.arange(group_size, device=device).repeat(P)  # (B,) and its place in the group
-        self.prompt_lengths = prompts.valid.sum(dim=1)  # (P,)
-        self.bias = torch.zeros(P, 1, L, device=device, dtype=dtype).masked_fill_(~prompts.valid[:, None], -math.inf)
-        layers = range(len(prompts.keys))  # taken over one by one: the prompts' cache is never held twice
-        self.prompt_keys = [prompts.keys.pop(i).transpose(2, 3).contiguous() for i in layers]  # by layer: (P, K, head_dim, L)
-        self.prompt_values = [prompts.values.pop(i).contiguous() for i in layers]  # (P, K, L, head_dim)
-        size = (P * group_size, self.kv_heads, room, head_dim)  # (B, K, room, head_dim)
-        self.keys = [torch.empty(size, device=device, dtype=dtype) for _ in self.prompt_keys]
-        self.values = [torch.empty(size, device=device, dtype=dtype) for _ in self.prompt_keys]
+        self.prompt_lengths = lengths
+        padding = torch.arange(L, device=device) >= lengths[:, None]
+        self.bias = torch.zeros(P, 1, L, device=device, dtype=dtype).masked_fill_(padding[:, None], -math.inf)
+        layers, heads, size = range(config.num_layers), (P, config.num_kv_heads), config.head_dim
+        self.prompt_keys = [torch.zeros(*heads, size, L, device=device, dtype=dtype) for _ in layers]  # by layer: (P, K, head_dim, L)
+        self.prompt_values = [torch.zeros(*heads, L, size, device=device, dtype=dtype) for _ in layers]  # (P, K, L, head_dim)
+        own = (P * group_size, config.num_kv_heads, room, size)  # (B, K, room, head_dim)
+        self.keys = [torch.empty(own, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.empty(own, device=device, dtype=dtype) for _ in layers]
         self._take_seats()
+
+    def take(self, start: int, prompts: Sequences) -> None:
+        """Keys and values of the prompts from number `start` on."""
+        for layer in range(len(self.keys)):
+            keys, values = prompts.cache(layer)
+            rows, width = slice(start, start + len(keys)), keys.shape[2]
+            self.prompt_keys[layer][rows, :, :, :width] = keys.transpose(2, 3)
+            self.prompt_values[layer][rows, :, :width] = values
 
     def _take_seats(self) -> None:
         head = torch.arange(self.kv_heads, device=self.owner.device)
@@ -622,11 +637,37 @@ def _sample(
 
 
 def _prefill(model: Transformer, prompts: list[tuple[int, ...]], group_size: int, room: int) -> tuple[Tensor, Decoding]:
-    """Logits of every completion's first token (B, V), and the context to continue in."""
-    tokens, valid = pad(prompts, "left", model.embed_tokens.weight.device)
-    sequences = Sequences(valid)
-    last = model.hidden(tokens, sequences)[:, -1]  # (P, d)
-    return model.lm_head(last).repeat_interleave(group_size, dim=0), Decoding(sequences, group_size, room)
+    """Logits of every completion's first token (B, V), and the context to continue in.
+
+    What all prompts begin with (a system message, mostly) goes through the network once; the rest in pieces of few tokens, between
+    which no prompt waits for a much longer one.
+    """
+    weight = model.embed_tokens.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    context = Decoding(model.config, lengths, group_size, room, weight.dtype)
+    start = _common_start(prompts)
+    shared = None
+    if start:
+        shared = Sequences(torch.ones(1, start, dtype=torch.bool, device=weight.device))
+        model.hidden(torch.tensor([prompts[0][:start]], device=weight.device), shared)
+    last = []  # hidden state of each prompt's last token
+    for piece in waves([prompt[start:] for prompt in prompts], 0, 0, PREFILL_TOKENS[weight.device.type != "cpu"]):
+        tokens, valid = pad(piece, "right", weight.device)
+        sequences = Sequences(valid, shared, torch.zeros_like(valid[:, 0], dtype=torch.long))
+        hidden = model.hidden(tokens, sequences)  # (rows, T, d)
+        context.take(len(last), sequences)
+        last += hidden[torch.arange(len(piece)), valid.sum(dim=1) - 1]
+    return model.lm_head(torch.stack(last)).repeat_interleave(group_size, dim=0), context
+
+
+PREFILL_TOKENS = (1024, 16384)  # in one piece, on a CPU (whose caches hold little more) and elsewhere
+
+
+def _common_start(prompts: list[tuple[int, ...]]) -> int:
+    """Number of tokens that all prompts begin with; 0 where that saves nothing. Everyone keeps a last token of their own."""
+    shortest = min(map(len, prompts)) - 1
+    start = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
+    return start if start >= 16 and len(prompts) > 1 else 0
 
 
 def completion_logprobs(

@@ -1,9 +1,11 @@
 """Speed and memory beside what one would use instead, both sides in one run: prints ratios, asserts nothing.
 
     python tests/bench.py rollout|load [--model DIR] [--repeats 5] [--threads 2]
+    python tests/bench.py eval --model DIR --data tombench/data [--items 200] [--new 128] [--repeats 1]
 
 `rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
-transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. Without --model the
+transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. `eval` answers the items of a
+benchmark greedily, with evaluate and with transformers' generate in batches of 16, padded left and sorted by length. Without --model the
 model is Qwen3-shaped with random weights: width 512, 8 layers, vocabulary 32000, 42M parameters. Sides take turns; times are
 medians; memory is the peak of a process of its own.
 """
@@ -22,6 +24,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as ours  # noqa: E402
+from eval import evaluate, read_benchmark  # noqa: E402
+from socialr1 import build_messages  # noqa: E402
 
 P, G, PROMPT, NEW = 4, 5, 256, 128
 RAW = dict(
@@ -163,6 +167,41 @@ def load(folder: Path, repeats: int) -> None:
         print(f"  {side.name:12} {took:.2f} s, peak {over / 2**20:.0f} MiB over the start = {over / weights:.2f} x the weights in fp32")
 
 
+def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
+    """Both sides get problems and give texts; the share of equal texts says that they do the same."""
+    problems = read_benchmark(data)
+    problems = [problems[i * len(problems) // items] for i in range(items)]
+    tokenizer, mine, other = ours.Tokenizer(folder), Ours(folder).model, Theirs(folder).model
+
+    def by_evaluate() -> list[str]:
+        return [record["text"] for record in evaluate(mine, tokenizer, problems, max_new_tokens=new)["responses"]]
+
+    def by_transformers() -> list[str]:
+        prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
+        order, texts = sorted(range(items), key=lambda i: -len(prompts[i])), [""] * items
+        for start in range(0, items, batch):
+            some = order[start : start + batch]
+            tokens, mask = ours.pad([prompts[i] for i in some], "left", torch.device("cpu"))
+            out = other.generate(
+                tokens, attention_mask=mask.long(), do_sample=False, max_new_tokens=new, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.stop_ids[0]
+            )
+            for i, row in zip(some, out[:, tokens.shape[1] :].tolist()):
+                end = next((at + 1 for at, token in enumerate(row) if token in tokenizer.stop_ids), new)
+                texts[i] = tokenizer.decode(row[:end])
+        return texts
+
+    texts, times = {}, {by_evaluate: [], by_transformers: []}
+    for _ in range(repeats):
+        for side in times:
+            times[side].append(seconds(lambda: texts.update({side: side()})))
+    took, others = (statistics.median(some) for some in times.values())
+    equal = sum(a == b for a, b in zip(*texts.values()))
+    print(
+        f"{folder}: {items} items of {data}, at most {new} new tokens, greedy, {torch.get_num_threads()} threads\n"
+        f"  evaluate {took:.1f} s   transformers {others:.1f} s   ratio {others / took:.2f}   equal texts {equal} of {items}"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- in processes of their own
 
 
@@ -199,11 +238,16 @@ def load_peak(side: type, folder: str) -> tuple[float, int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout", "load"])
+    parser.add_argument("what", choices=["rollout", "load", "eval"])
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: random weights, 42M parameters")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data", type=Path, help="eval: benchmark files")
+    parser.add_argument("--items", type=int, default=200, help="eval: so many, evenly spread")
+    parser.add_argument("--new", type=int, default=128, help="eval: new tokens at most")
+    parser.add_argument("--repeats", type=int, help="turns of each side (5; eval 1)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.what == "eval" and not (args.model and args.data):
+        parser.error("eval needs --model, for texts that end, and --data")
     torch.set_num_threads(args.threads)
     try:
         import transformers  # noqa: F401
@@ -213,7 +257,10 @@ def main() -> None:
         if args.model is None:
             args.model = Path(temporary) / "random-42M"
             write_random_model(args.model)
-        {"rollout": rollout, "load": load}[args.what](args.model, args.repeats)
+        if args.what == "eval":
+            evaluation(args.model, args.data, args.items, args.new, args.repeats or 1)
+        else:
+            {"rollout": rollout, "load": load}[args.what](args.model, args.repeats or 5)
 
 
 if __name__ == "__main__":
