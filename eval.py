@@ -346,6 +346,12 @@ def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") 
     return read_files(path, name, lang)[1]
 
 
+def spread(items: list, count: int) -> list:
+    """At most `count` of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -702,7 +708,7 @@ def report_page(results: dict[str, dict], tables: list[list[list[str]]], limit: 
     """
     first, *others = results.values()
     matched = _matched(first, others[0]) if others else [(one,) for one in count_together(first["responses"])]
-    shown = [matched[i * len(matched) // min(limit, len(matched))] for i in range(min(limit, len(matched)))]
+    shown = spread(matched, limit)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(" and ".join(results)),
         tables="".join(map(_html_table, tables)),
@@ -833,8 +839,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"--samples {args.samples} --temperature 0: greedy samples are all the same; expected a temperature above 0")
     if args.data:
         problems = read_all(args.data, args.lang)
-        if args.limit and args.limit < len(problems):
-            problems = [problems[i * len(problems) // args.limit] for i in range(args.limit)]
+        problems = spread(problems, args.limit or len(problems))
     else:
         problems = generate_problems(args.limit or 400, args.seed, args.split)
     if args.train:

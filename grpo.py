@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval import DO_NOT_TRAIN, MEASURES, check_lengths, evaluate, read_files, table
+from eval import DO_NOT_TRAIN, MEASURES, check_lengths, contamination_note, evaluate, normalise, read_all, spread, table
 from model import (
     Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, pad, read_json,
     refuse_other_folders, save_model,
@@ -345,34 +345,37 @@ class Run:
     config: GRPOConfig
     rewards: RewardConfig
     content: Path | None = None  # the content model
+    eval_data: tuple[Path, ...] = ()
 
     def saved(self) -> dict:
         """What must be equal for a run to be resumed."""
         return {
             "model": str(self.model), "content": str(self.content.resolve()) if self.content else None,
-            "data": [str(path) for path in self.data], "lang": self.lang,
+            "data": [str(path) for path in self.data], "eval_data": [str(path) for path in self.eval_data], "lang": self.lang,
             **asdict(self.config), **asdict(self.rewards),
         }  # fmt: skip
 
 
 def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
-    """Training problems, and held-out sets by name. Files give up a tenth of their stories for evaluation."""
+    """Training problems, and held-out sets by name: --eval-data's, else a tenth of the stories in --data, else generated ones."""
     config = run.config
-    if not run.data:
-        splits = ("test", "shift") if run.model == TINY else ("test",)  # a large model's shift: eval.py --split shift, when wanted
-        held_out = {split: generate_problems(config.eval_problems, 1, split) for split in splits}
-        return generate_problems(min(config.steps * config.prompts, 20_000), config.seed), held_out
-    problems = []
-    for path in run.data:
-        names, found, notes = read_files(path, lang=run.lang)
-        tqdm.write("\n  ".join((f"{path}: {len(found)} problems ({', '.join(sorted(names))})", *notes)))
-        for name in sorted(names & DO_NOT_TRAIN.keys()):
-            tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
-        problems += found
-    stories = list(dict.fromkeys(problem.story for problem in problems))  # rows share stories: hold out whole stories
-    kept_back = set(random.Random("held out").sample(stories, len(stories) // 10 if config.eval_problems else 0))
-    held_out = [problem for problem in problems if problem.story in kept_back][: config.eval_problems]
-    return [problem for problem in problems if problem.story not in kept_back], {"held out": held_out}
+    if run.data:
+        problems = read_all(run.data, run.lang)
+    else:
+        problems = generate_problems(min(config.steps * config.prompts, 20_000), config.seed)
+    for name in sorted({problem.source.partition("/")[0] for problem in problems} & DO_NOT_TRAIN.keys()):
+        tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
+    if run.eval_data:
+        held_out = read_all(run.eval_data, run.lang)
+        tqdm.write(contamination_note(problems, held_out))
+        return problems, {"held out": spread(held_out, config.eval_problems)}
+    if run.data:
+        stories = list(dict.fromkeys(normalise(problem.story) for problem in problems))  # rows share stories: hold out whole stories
+        kept_back = set(random.Random("held out").sample(stories, len(stories) // 10 if config.eval_problems else 0))
+        held_out = [problem for problem in problems if normalise(problem.story) in kept_back][: config.eval_problems]
+        return [problem for problem in problems if normalise(problem.story) not in kept_back], {"held out": held_out}
+    splits = ("test", "shift") if run.model == TINY else ("test",)  # a large model's shift: eval.py --split shift, when wanted
+    return problems, {split: generate_problems(config.eval_problems, 1, split) for split in splits}
 
 
 def train(run: Run, resume: Path | None = None) -> None:
@@ -790,6 +793,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, help="Hugging Face checkpoint folder (Qwen3 or Llama family)")
     add("--data", type=Path, nargs="+", default=[], help="problems to train on: our JSONL, ToMBench-Hard CSV; without it: generated stories")
+    add("--eval-data", type=Path, nargs="+", default=[], help="problems to evaluate on, before and after; without it: a tenth of the stories in --data")
     add("--lang", choices=("en", "zh"), default="en", help="language of bilingual files (en)")
     add("--content", type=Path, metavar="DIR", help="content model for R_content (without --model: assets/content; else none)")
     add("--out", type=Path, help="folder for checkpoints and log (runs/DATE-TIME)")
@@ -810,7 +814,7 @@ def main() -> None:
     content = args.content or (None if args.model else TINY_CONTENT)
     if not rewards.w_content or "content" in rewards.off:
         content = None
-    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content)
+    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content, tuple(args.eval_data))
     saved = checkpoints(out)
     if saved and not args.resume:
         raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")

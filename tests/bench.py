@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as ours  # noqa: E402
-from eval import evaluate, read_benchmark  # noqa: E402
+from eval import evaluate, read_benchmark, spread  # noqa: E402
 from socialr1 import build_messages  # noqa: E402
 
 P, G, PROMPT, NEW = 4, 5, 256, 128
@@ -169,8 +169,7 @@ def load(folder: Path, repeats: int) -> None:
 
 def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
     """Both sides get problems and give texts; the share of equal texts says that they do the same."""
-    problems = read_benchmark(data)
-    problems = [problems[i * len(problems) // items] for i in range(items)]
+    problems = spread(read_benchmark(data), items)
     tokenizer, mine, other = ours.Tokenizer(folder), Ours(folder).model, Theirs(folder).model
 
     def by_evaluate() -> list[str]:
@@ -178,8 +177,8 @@ def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, bat
 
     def by_transformers() -> list[str]:
         prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
-        order, texts = sorted(range(items), key=lambda i: -len(prompts[i])), [""] * items
-        for start in range(0, items, batch):
+        order, texts = sorted(range(len(problems)), key=lambda i: -len(prompts[i])), [""] * len(problems)
+        for start in range(0, len(problems), batch):
             some = order[start : start + batch]
             tokens, mask = ours.pad([prompts[i] for i in some], "left", torch.device("cpu"))
             out = other.generate(
@@ -197,8 +196,8 @@ def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, bat
     took, others = (statistics.median(some) for some in times.values())
     equal = sum(a == b for a, b in zip(*texts.values()))
     print(
-        f"{folder}: {items} items of {data}, at most {new} new tokens, greedy, {torch.get_num_threads()} threads\n"
-        f"  evaluate {took:.1f} s   transformers {others:.1f} s   ratio {others / took:.2f}   equal texts {equal} of {items}"
+        f"{folder}: {len(problems)} items of {data}, at most {new} new tokens, greedy, {torch.get_num_threads()} threads\n"
+        f"  evaluate {took:.1f} s   transformers {others:.1f} s   ratio {others / took:.2f}   equal texts {equal}"
     )
 
 

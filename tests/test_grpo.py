@@ -163,13 +163,19 @@ def test_problems_are_walked_through_in_a_fresh_order_each_epoch():
     assert len(problems_of_step(problems, 0, 25, seed=1)) == 25  # more than there are: they come again
 
 
-def test_files_give_up_whole_stories_for_evaluation(tmp_path):
-    rows = [{"story": f"s{i // 2}", "question": f"q{i}", "options": ["a", "b"], "answer": "A"} for i in range(60)]
+def test_files_give_up_whole_stories_for_evaluation(tmp_path, capsys):
+    rows = [{"story": f"s{i // 2:c}", "question": f"q{i}", "options": ["a", "b"], "answer": "A"} for i in range(2 * 0x4E00, 2 * 0x4E00 + 60)]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    problems, held_out = load_problems(replace(run_in(tmp_path, TINY, eval_problems=50), data=(file,)))
+    run = replace(run_in(tmp_path, TINY, eval_problems=50), data=(file,))
+    problems, held_out = load_problems(run)
     assert (len(problems), len(held_out["held out"])) == (54, 6)  # three of thirty stories
     assert not {p.story for p in problems} & {p.story for p in held_out["held out"]}
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps(row | {"story": row["story"].upper() + "."}) for row in rows[:10]))
+    problems, held_out = load_problems(replace(run, eval_data=(other,), config=replace(run.config, eval_problems=5)))
+    assert [p.question for p in held_out["held out"]] == [row["question"] for row in rows[:10:2]] and len(problems) == 60
+    assert "WARNING: 10 of 60 training problems have a story that stands in the evaluation data: problems/mine mine:1, " in capsys.readouterr().out
 
 
 def test_micro_batches_hold_every_completion_once_and_keep_the_budget():
@@ -267,7 +273,7 @@ def test_settings_that_would_train_something_else_are_refused():
 
 
 def test_the_command_line(tmp_path, command):
-    rows = [{"story": f"s{i}", "question": "q", "options": ["a", "b"], "answer": "A"} for i in range(12)]
+    rows = [{"story": f"s{letter}", "question": "q", "options": ["a", "b"], "answer": "A"} for letter in "abcdefghijkl"]
     data, bench = tmp_path / "mine.jsonl", tmp_path / "bench.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
     bench.write_text("\n".join(json.dumps({"STORY": "s", "故事": "s", "QUESTION": "q", "问题": "q", "OPTION-A": "a", "OPTION-B": "b", "选项A": "a", "选项B": "b", "答案\nANSWER": "A"}) for _ in range(12)))  # fmt: skip
