@@ -743,7 +743,7 @@ def _html_trajectory(name: str, record: dict) -> str:
     response = parse_response(record["text"], problem)
     reward = total_reward(response, problem, record["length"], content=mean(list(record["content"].values())) if "content" in record else None)
     terms = {"R": reward.total} | {key: value for key, value in reward.parts.items() if key != "tau" and value is not None}
-    badges = "".join(f"<span>{key} {value:.2f}</span>" for key, value in (terms | {"tokens": record["length"]}).items())
+    badges = "".join(f"<span>{key} {value:.2f}</span>" for key, value in terms.items()) + f"<span>{record['length']} tokens</span>"
     passages = []
     for stage, start, end in stage_spans(response.think):
         if text := response.think[start:end].strip():
