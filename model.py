@@ -6,6 +6,7 @@ loading is a comparison of names and shapes and nothing else. Norms, rotation ta
 computed in fp32 whatever the dtype of the weights.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------- config
 
@@ -237,6 +239,37 @@ class Sequences:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=shared)
 
 
+class Packed:
+    """Prompts and their completions in one row without padding, [p1 | c11 | c12 | p2 | c21 ...], for training.
+
+    A token sees its prompt and what precedes it in its own completion, at the positions it would have alone. So a prompt goes
+    through the network once however many completions it has, and gradients flow back into it from all of them.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], device: torch.device):
+        self.groups = [len(group) for group in completions]
+        parts = [(ids, first) for p, group in zip(prompts, completions) for ids, first in ((p, 0), *((ids, len(p)) for ids in group))]
+        self.lengths = [len(ids) for ids, _ in parts]  # of p1, c11, c12, p2, ...
+        self.tokens = torch.tensor([[token for ids, _ in parts for token in ids]], dtype=torch.long, device=device)  # (1, N)
+        self.positions = torch.tensor([[i for ids, first in parts for i in range(first, first + len(ids))]], device=device)
+
+    @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(1, heads, N, head_dim), keys and values (1, kv_heads, N, head_dim) -> (1, heads, N, head_dim)."""
+        if not q.is_cpu:  # a GPU's fast kernels take a mask or shared keys, not both
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        attention = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
+        parts, pieces = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v))), []
+        for count in self.groups:
+            own_q, prompt_k, prompt_v = next(parts)
+            pieces.append(attention(own_q, prompt_k, prompt_v, is_causal=True))
+            for own_q, own_k, own_v in itertools.islice(parts, count):
+                mask = torch.ones(own_q.shape[2], prompt_k.shape[2] + own_k.shape[2], dtype=torch.bool, device=q.device).tril(prompt_k.shape[2])
+                keys, values = torch.cat((prompt_k, own_k), dim=2), torch.cat((prompt_v, own_v), dim=2)
+                pieces.append(attention(own_q, keys, values, attn_mask=mask))
+        return torch.cat(pieces, dim=2)
+
+
 class Decoding:
     """Attention of one new token per completion: to its prompt, held once for the whole group, and to its own tokens so far.
 
@@ -383,6 +416,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along on saving
+        self.checkpointing = False  # in training: keep each block's input only, and compute the block again on the way back
         self.frequencies = rotary_frequencies(config)  # no buffer: it stays in fp32 when the model is cast
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -398,14 +432,20 @@ class Transformer(nn.Module):
         if self.config.tied and not self.config.scalar:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def hidden(self, tokens: Tensor, context: Sequences | Decoding) -> Tensor:
+    def hidden(self, tokens: Tensor, context: Sequences | Packed | Decoding) -> Tensor:
         """Last hidden states of `tokens` (B, T), placed and attended to as `context` says; -> (B, T, hidden_size)."""
         self.frequencies = self.frequencies.to(tokens.device)  # once
         cos, sin = rotary_tables(context.positions, self.frequencies)
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
-            x = block(x, cos, sin, partial(context.attend, layer))
+            inputs = x, cos, sin, partial(context.attend, layer)
+            x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*inputs)
         return self.norm(x)
+
+    def logprobs(self, context: Packed, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (n,) of `targets` (n,), each predicted at one of `places` (n,) in the row, and the entropies (n,) there."""
+        hidden = self.hidden(context.tokens, context)[0, places]  # (n, d)
+        return ChunkedLogProbs.apply(hidden, self.lm_head.weight, targets)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Next-token logits; (B, T) -> (B, T, V)."""
@@ -675,24 +715,74 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given completions; P prompts, a list of completions for each -> (B, T) and mask (B, T), B rows in all.
 
-    Differentiable; 0 where the mask is False. Each prompt goes through the network once and its cache is shared by its
-    completions, as in `generate`; logits are computed at real positions only. ValueError: an empty prompt, or not a list for each.
+    Differentiable; 0 where the mask is False. Each prompt goes through the network once, and logits never exist all at once.
+    ValueError: an empty prompt, or not a list for each.
     """
+    return logprobs_and_entropy(model, prompts, completions)[:2]
+
+
+def logprobs_and_entropy(
+    model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What completion_logprobs returns, and the policy's entropy (B, T) before each token, without gradient; in nats."""
     if len(prompts) != len(completions) or not all(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} lists of completions; expected one for each, and no empty prompt")
     device = model.embed_tokens.weight.device
-    rows = [completion for group in completions for completion in group]
-    owner = torch.tensor([p for p, group in enumerate(completions) for _ in group], dtype=torch.long, device=device)  # (B,)
-    tokens, valid = pad(prompts, "left", device)
-    targets, mask = pad(rows, "right", device)  # (B, T)
-    prefill = Sequences(valid)
-    hidden = model.hidden(tokens, prefill)[owner, -1:]  # (B, 1, d) predicts the first sampled token
-    inputs = targets[:, :-1]
-    if inputs.shape[1]:
-        hidden = torch.cat((hidden, model.hidden(inputs, Sequences(mask[:, :-1], prefill, owner))), dim=1)  # (B, T, d)
-    logits = model.lm_head(hidden[:, : targets.shape[1]][mask]).float()  # (N, V), N = mask.sum()
-    logprobs = -F.cross_entropy(logits, targets[mask], reduction="none")
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logprobs), mask
+    context = Packed(prompts, [[ids[:-1] for ids in group] for group in completions], device)  # no token follows the last
+    places, start = [], 0  # a completion's first token is predicted at the end of its prompt, the others at the token before them
+    for prompt, group in zip(prompts, completions):
+        start += len(prompt)
+        last = start - 1
+        for ids in filter(None, group):
+            places += [last, *range(start, start + len(ids) - 1)]
+            start += len(ids) - 1
+    targets, mask = pad([ids for group in completions for ids in group], "right", device)  # (B, T)
+    logprobs, entropies = model.logprobs(context, torch.tensor(places, dtype=torch.long, device=device), targets[mask])
+    logprobs, entropies = (torch.zeros(mask.shape, dtype=x.dtype, device=device).masked_scatter(mask, x) for x in (logprobs, entropies))
+    return logprobs, mask, entropies
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden weight^T) at the targets, and the entropy, for a few rows at a time, forward and backward.
+
+    The logits of 20 completions of 1024 tokens over a vocabulary of 151,936 would take 12 GB, and their gradient as much again.
+    """
+
+    SIZE = 1 << 23  # numbers in one chunk of logits
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, d), (V, d), (n,) -> (n,), (n,)."""
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.rows = max(1, ChunkedLogProbs.SIZE // len(weight))
+        chosen, entropies = [], []
+        for some, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
+            logprobs = at_least_float32(some @ weight.T).log_softmax(dim=1)  # (rows, V)
+            chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
+            entropies.append(-logprobs.exp().mul_(logprobs.clamp_(min=-1e4)).sum(dim=1))  # 0 * -inf would be NaN
+        chosen, entropies = torch.cat(chosen), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return chosen, entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None]:
+        """Of a target's log-probability by the logits: one-hot - softmax."""
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for some, ids, factor in zip(*(x.split(ctx.rows) for x in (hidden, targets, grad[:, None]))):
+            probs = at_least_float32(some @ weight.T).softmax(dim=1)
+            probs.scatter_add_(1, ids[:, None], torch.full_like(factor, -1))
+            grad_logits = probs.mul_(-factor).to(weight.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            if grad_weight.dtype == weight.dtype:
+                grad_weight.addmm_(grad_logits.T, some)
+            else:
+                grad_weight += grad_logits.T @ some  # chunks of bf16 are summed in fp32
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
@@ -816,10 +906,10 @@ def refuse_other_folders(target: Path) -> None:
         return
     content = list(target.iterdir()) if target.is_dir() else [target]
     try:
-        checkpoint = "model_type" in read_json(target / "config.json") and any(path.suffix == ".safetensors" for path in content)
+        is_checkpoint = "model_type" in read_json(target / "config.json") and any(path.suffix == ".safetensors" for path in content)
     except ValueError:
-        checkpoint = False
-    if content and not checkpoint or any(path.is_dir() for path in content) or target.resolve() == Path.cwd():
+        is_checkpoint = False
+    if content and not is_checkpoint or any(path.is_dir() for path in content) or target.resolve() == Path.cwd():
         raise ValueError(f"{target} is no checkpoint folder: saving there would delete it; choose another name")
 
 
