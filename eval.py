@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Tokenizer, Transformer, check_device, generate, load_model, read_json, waves
+from model import ModelConfig, Tokenizer, Transformer, check_device, generate, load_model, read_json, waves
 from rewards import (
     ContentModel, distinct_share, early_options, load_content_model, logistic, mean, option_mentions, stage_order, total_reward,
 )  # fmt: skip
@@ -378,7 +378,7 @@ def evaluate(
     if not problems:
         raise ValueError("no problems to evaluate")
     max_new_tokens = max_new_tokens or tokenizer.max_new_tokens
-    prompts = check_lengths(model, tokenizer, problems, max_new_tokens, thinking)
+    prompts = check_lengths(model.config, tokenizer, problems, max_new_tokens, thinking)
     settings = dict(samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, token_budget=token_budget)
     done = _open_journal(journal, settings | {"model": _fingerprint(model), "prompts": _digest(prompts)}) if journal else []
     prefix = tokenizer.think_prefix(thinking)
@@ -406,15 +406,15 @@ def evaluate(
 
 
 def check_lengths(
-    model: Transformer, tokenizer: Tokenizer, problems: list[Problem], max_new_tokens: int, thinking: bool = True
+    config: ModelConfig, tokenizer: Tokenizer, problems: list[Problem], max_new_tokens: int, thinking: bool = True
 ) -> list[list[int]]:
     """Prompts of all problems; ValueError names the first that leaves no room for an answer, before any work is done."""
     prompts = [tokenizer.chat(build_messages(problem), thinking) for problem in problems]
     for problem, prompt in zip(problems, prompts):
-        if len(prompt) + max_new_tokens > model.config.max_positions:
+        if len(prompt) + max_new_tokens > config.max_positions:
             raise ValueError(
                 f"problem {problem.id!r} has {len(prompt)} tokens; with --max-new-tokens {max_new_tokens} that exceeds the model's "
-                f"context of {model.config.max_positions}: leave it out, or lower --max-new-tokens"
+                f"context of {config.max_positions}: leave it out, or lower --max-new-tokens"
             )
     return prompts
 

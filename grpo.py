@@ -10,6 +10,7 @@ Read from top to bottom: settings, the objective, rollout and update, checkpoint
 made the policy that the demonstration begins with; it is no part of the method.
 """
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -22,20 +23,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from eval import DO_NOT_TRAIN, MEASURES, check_lengths, contamination_note, evaluate, normalise, read_all, spread, table
 from model import (
-    Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, pad, read_json,
+    Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, logprobs_and_entropy, pad, read_json,
     refuse_other_folders, save_model,
 )  # fmt: skip
 from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
@@ -66,10 +72,13 @@ class GRPOConfig:
     temperature: float = setting(1.0, "of rollouts; must be 1, so that the policy that acts is the one differentiated")
     top_p: float = setting(1.0, "of rollouts; must be 1")
     top_k: int = setting(0, "of rollouts; must be 0")
-    token_budget: int = setting(4096, "tokens in one micro-batch; less needs less memory, results stay the same")
+    token_budget: int = setting(8192, "tokens in one micro-batch; less needs less memory, results stay the same")
+    recompute: bool = setting(True, "activation checkpointing: keep what enters a block only; much less memory, up to a third more time")
     eval_problems: int = setting(8, "held-out problems of the table before and after; 0: none")
     eval_every: int = setting(100, "steps between short evaluations; 0: never")
     save_every: int = setting(50, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints that are kept")
+    max_skips: int = setting(3, "updates in a row that may be skipped because they are not finite, before the run stops")
     seed: int = setting(0, "of problems and rollouts")
 
     def __post_init__(self):
@@ -81,7 +90,7 @@ class GRPOConfig:
             raise ValueError(f"--reduction {self.reduction}: expected grpo, dapo or dr_grpo")
         if not 1 <= self.minibatches <= self.prompts:
             raise ValueError(f"--minibatches {self.minibatches}: expected 1 to --prompts {self.prompts}, since groups stay whole")
-        for name in ("steps", "prompts", "max_new_tokens", "token_budget", "save_every"):
+        for name in ("steps", "prompts", "max_new_tokens", "token_budget", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
         for name in ("lr", "beta", "clip_eps", "max_grad_norm", "warmup_steps", "weight_decay", "eval_problems", "eval_every"):
@@ -94,7 +103,7 @@ class GRPOConfig:
 PAPER = (GRPOConfig(), RewardConfig())
 TINY_PRESET = (  # the embedded default: what SETTINGS.md found for a model of 0.7M parameters on a CPU
     GRPOConfig(
-        steps=50, prompts=16, group_size=8, lr=3e-4, warmup_steps=5, minibatches=2, max_new_tokens=160, token_budget=16384,
+        steps=50, prompts=16, group_size=8, lr=3e-4, warmup_steps=5, minibatches=2, max_new_tokens=160, token_budget=16384, recompute=False,
         eval_problems=400, eval_every=10, save_every=10,
     ),
     RewardConfig(min_length=16, max_length=160),
@@ -182,16 +191,95 @@ def grpo_loss(
     return total / max(denominator if normalizer is None else normalizer, 1), metrics
 
 
+# ----------------------------------------------------------------------------------------------------- several processes
+#
+# Under torchrun every process (one per GPU) does its share of the prompts. FSDP2 cuts each weight, its gradient and its AdamW
+# states into one piece per process, and puts a block's weights together while it computes; it also gives fp32 weights under
+# bf16 compute, and keeps all of it in the host's memory where the card is small, so it serves a single GPU too. Sampling and
+# evaluation never talk to other processes: they use a whole copy of the weights, which is there only as long as they run.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(device: str) -> str:
+    """Meet the other processes that torchrun has started (or nobody); -> this one's device."""
+    alone = dict(store=dist.HashStore(), rank=0, world_size=1) if "RANK" not in os.environ else {}
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1), **alone)  # a slow rollout elsewhere is no failure
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    return device
+
+
+def summed(values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over all processes."""
+    if processes() == 1:
+        return values
+    sums = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
+def highest(value: float) -> float:
+    """Over all processes."""
+    if processes() > 1:
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        value = found.item()
+    return value
+
+
+def shard(model: Transformer, device: str, dtype: torch.dtype, offload: bool) -> Transformer:
+    """FSDP2 over all processes: computes in `dtype`; parameters and what belongs to them keep theirs."""
+    kind = torch.device(device).type
+    policy = dict(
+        mesh=init_device_mesh(kind, (processes(),)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy() if offload and kind == "cuda" else OffloadPolicy(),
+    )
+    for part in (*model.layers, model):
+        fully_shard(part, **policy)
+        part.set_gradient_divide_factor(1.0)  # the loss is divided by the whole batch already: gradients add up
+        part.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "logprobs")
+    return model
+
+
+def whole_tensor(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole(model: Transformer, device: str, dtype: torch.dtype) -> Transformer:
+    """A copy with all of the weights, gathered from the shards (every process must call it); of an unsharded model, itself."""
+    if not isinstance(model.norm.weight, DTensor):
+        return model
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    weights = {name: whole_tensor(p.detach()).to(device, dtype) for name, p in model.named_parameters()}
+    copy.load_state_dict(weights, strict=False, assign=True)  # strict would ask for a tied head
+    copy.tie()
+    copy.source = model.source
+    return copy.requires_grad_(False).eval()
+
+
 # --------------------------------------------------------------------------------------------------------------- rollout
 
 
 @dataclass
 class Rollout:
-    """What an update needs: P prompts with G completions each, and how much better than their group these were."""
+    """What an update needs: this process's prompts with G completions each, and how much better than their group these were."""
 
     prompts: list[list[int]]
-    groups: list[list[Completion]]  # P lists of G
-    advantages: Tensor  # (P, G)
+    groups: list[list[Completion]]  # a list of G for each prompt
+    advantages: Tensor  # (prompts, G)
+    first: int = 0  # the place of the first of these prompts in the whole batch
 
 
 def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -220,66 +308,93 @@ def score(
 
 
 def micro_batches(prompts: list[list[int]], groups: list[list[Completion]], budget: int) -> Iterator[tuple[list[int], list[slice]]]:
-    """Cut P groups into pieces of at most `budget` tokens: indices of prompts, and which completions of each."""
-    indices, slices, rows, longest = [], [], 0, 0
+    """Cut groups into pieces of at most `budget` tokens (at least one completion): indices of prompts, and which completions of each.
+
+    A prompt counts once in a piece, whatever number of its completions is there.
+    """
+    indices, slices, size = [], [], 0
     for p, group in enumerate(groups):
         for g, completion in enumerate(group):
-            size = len(prompts[p]) + len(completion.tokens)
-            if rows and (rows + 1) * max(longest, size) > budget:
+            new = len(completion.tokens)
+            if indices and size + new + (len(prompts[p]) if indices[-1] != p else 0) > budget:
                 yield indices, slices
-                indices, slices, rows, longest = [], [], 0, 0
+                indices, slices, size = [], [], 0
             if indices and indices[-1] == p:
                 slices[-1] = slice(slices[-1].start, g + 1)
             else:
                 indices.append(p)
                 slices.append(slice(g, g + 1))
-            rows, longest = rows + 1, max(longest, size)
-    if rows:
+                size += len(prompts[p])
+            size += new
+    if indices:
         yield indices, slices
 
 
 def update(
     model: Transformer, reference: Transformer | None, optimizer: torch.optim.Optimizer, rollout: Rollout, config: GRPOConfig
 ) -> dict[str, float]:
-    """One pass over the rollout in minibatches of whole groups, one optimizer step each; returns metrics of the whole pass."""
-    totals = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "grad_norm": 0.0, "logprob_drift": 0.0}
-    tokens = sum(len(c.tokens) for group in rollout.groups for c in group)
-    parts = [range(i, len(rollout.prompts), config.minibatches) for i in range(config.minibatches)]
-    for number, part in enumerate(parts):
-        prompts, groups = [rollout.prompts[p] for p in part], [rollout.groups[p] for p in part]
-        completions = [c for group in groups for c in group]
-        normalizer = {
-            "grpo": len(completions),
-            "dapo": sum(len(c.tokens) for c in completions),
-            "dr_grpo": len(completions) * config.max_new_tokens,
-        }[config.reduction]
-        for indices, slices in micro_batches(prompts, groups, config.token_budget):
-            some_prompts = [prompts[p] for p in indices]
-            some = [groups[p][s] for p, s in zip(indices, slices)]
-            ids = [[c.tokens for c in group] for group in some]
-            logprobs, mask = completion_logprobs(model, some_prompts, ids)  # (b, T)
-            old_logprobs = pad_values([c.logprobs for group in some for c in group], mask)
-            ref_logprobs = None
-            if reference is not None:
-                with torch.no_grad():
-                    ref_logprobs, _ = completion_logprobs(reference, some_prompts, ids)
-            advantages = torch.cat([rollout.advantages[part[p], s] for p, s in zip(indices, slices)]).to(mask.device)  # (b,)
-            loss, metrics = grpo_loss(
-                logprobs, old_logprobs, ref_logprobs, advantages, mask, config.clip_eps, config.beta, config.reduction,
-                config.max_new_tokens, normalizer,
-            )  # fmt: skip
-            loss.backward()
-            totals["loss"] += float(loss.detach()) / len(parts)
-            for name in ("kl", "clip_fraction"):
-                totals[name] += metrics[name] * metrics["tokens"] / tokens
-            if number == 0:  # nothing has been updated yet: sampler and trainer must agree
-                drift = (logprobs.detach() - old_logprobs).abs()[mask].max()
-                totals["logprob_drift"] = max(totals["logprob_drift"], float(drift))
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        totals["grad_norm"] += float(norm) / len(parts)
-        optimizer.step()
+    """One pass over the rollout in minibatches of whole groups, one optimizer step each; returns metrics of the whole pass.
+
+    A step whose loss or gradient is not finite is skipped, and counted.
+    """
+    metrics = {"loss": 0.0, "grad_norm": 0.0, "skipped": 0}
+    sums = {"kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "tokens": 0.0}
+    drift = 0.0
+    for number in range(config.minibatches):
+        part = [p for p in range(len(rollout.prompts)) if (rollout.first + p) % config.minibatches == number]
+        loss, some_sums, some_drift = accumulate(model, reference, rollout, part, config)
+        norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            metrics["loss"] += loss / config.minibatches
+            metrics["grad_norm"] += norm / config.minibatches
+        else:
+            metrics["skipped"] += 1
         optimizer.zero_grad(set_to_none=True)
-    return totals
+        sums = {name: value + some_sums[name] for name, value in sums.items()}
+        drift = drift if number else some_drift  # nothing has been updated yet: sampler and trainer must agree
+    tokens = max(sums.pop("tokens"), 1)
+    return metrics | {name: value / tokens for name, value in sums.items()} | {"logprob_drift": drift}
+
+
+def accumulate(
+    model: Transformer, reference: Transformer | None, rollout: Rollout, part: list[int], config: GRPOConfig
+) -> tuple[float, dict[str, float], float]:
+    """Gradients of the loss over these prompts of all processes, a micro-batch at a time; -> loss, sums over tokens, logprob drift."""
+    prompts, groups = [rollout.prompts[p] for p in part], [rollout.groups[p] for p in part]
+    completions = [c for group in groups for c in group]
+    counts = summed({"grpo": len(completions), "dapo": sum(len(c.tokens) for c in completions)})
+    counts["dr_grpo"] = counts["grpo"] * config.max_new_tokens
+    pieces = list(micro_batches(prompts, groups, config.token_budget))
+    idle = int(highest(len(pieces))) - len(pieces)  # all processes compute equally often, since each gathers weights from all
+    sums, drift = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "tokens": 0.0}, 0.0
+    for indices, slices in pieces:
+        some_prompts = [prompts[p] for p in indices]
+        some = [groups[p][s] for p, s in zip(indices, slices)]
+        ids = [[c.tokens for c in group] for group in some]
+        logprobs, mask, entropies = logprobs_and_entropy(model, some_prompts, ids)  # (b, T)
+        old_logprobs = pad_values([c.logprobs for group in some for c in group], mask)
+        with torch.no_grad():
+            ref_logprobs = completion_logprobs(reference, some_prompts, ids)[0] if reference is not None else None
+        advantages = torch.cat([rollout.advantages[part[p], s] for p, s in zip(indices, slices)]).to(mask.device)  # (b,)
+        loss, metrics = grpo_loss(
+            logprobs, old_logprobs, ref_logprobs, advantages, mask, config.clip_eps, config.beta, config.reduction,
+            config.max_new_tokens, counts[config.reduction],
+        )  # fmt: skip
+        loss.backward()
+        sums["loss"] += float(loss.detach())
+        for name in ("kl", "clip_fraction"):
+            sums[name] += metrics[name] * metrics["tokens"]
+        sums["entropy"] += float(entropies.sum())
+        sums["tokens"] += metrics["tokens"]
+        drift = max(drift, float((logprobs.detach() - old_logprobs).abs().max()))
+    for _ in range(idle):
+        (logprobs_and_entropy(model, [[0]], [[[0]]])[0].sum() * 0).backward()
+        if reference is not None:
+            with torch.no_grad():
+                completion_logprobs(reference, [[0]], [[[0]]])
+    sums = summed(sums)
+    return sums.pop("loss"), sums, highest(drift)
 
 
 def pad_values(rows: list[list[float]], mask: Tensor) -> Tensor:
@@ -293,41 +408,82 @@ def pad_values(rows: list[list[float]], mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int, state: dict) -> Path:
-    """OUT/checkpoint-STEP: an ordinary model folder, with optimizer.safetensors and state.json beside it; then drop older ones."""
+def save_checkpoint(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, step: int, state: dict, keep: int) -> Path:
+    """OUT/checkpoint-STEP: an ordinary model folder, with optimizer.safetensors and state.json beside it; then drop older ones.
+
+    Tensors are whole, so the number of processes may change; every process must call this, the first one writes. It becomes
+    visible complete, by a rename; OSError says what stays when that fails.
+    """
     target, temporary = out / f"checkpoint-{step:06d}", out / ".saving"
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_model(model, temporary)
+    full = whole(model, "cpu", torch.float32)
     tensors = {
-        f"{name}.{key}": value.detach().cpu().contiguous()
+        f"{name}.{key}": whole_tensor(value.detach()).cpu().contiguous()
         for name, p in model.named_parameters()
         for key, value in optimizer.state[p].items()
     }
-    save_file(tensors, temporary / "optimizer.safetensors")
-    write_json(temporary / "state.json", state | {"step": step})
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(temporary, target)
-    for older in checkpoints(out)[:-2]:
+    if rank():
+        return target
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        save_model(full, temporary)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        state = state | {"step": step, "files": {path.name: file_digest(path) for path in sorted(temporary.iterdir())}}
+        write_json(temporary / "state.json", state | {"digest": digest(state)})
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = f"{checkpoints(out)[-1]} is whole" if checkpoints(out) else "there is none before it"
+        raise OSError(f"{target} could not be saved: {error}; {before}: make room, then go on with --resume") from None
+    for older in checkpoints(out)[:-keep]:
         shutil.rmtree(older)
     return target
 
 
 def checkpoints(out: Path) -> list[Path]:
+    """Oldest first."""
     return sorted(path for path in out.glob("checkpoint-*") if (path / "state.json").exists())
 
 
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def digest(state: dict) -> str:
+    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(path: Path) -> dict:
+    """A checkpoint's state.json; ValueError: a file of the checkpoint is not as it was written."""
+    state = read_json(path / "state.json")
+    if state.pop("digest", None) != digest(state):
+        raise ValueError(f"{path}/state.json is damaged")
+    for name, expected in state["files"].items():
+        if not (path / name).is_file() or file_digest(path / name) != expected:
+            raise ValueError(f"{path}/{name} is damaged")
+    return state
+
+
+def last_whole(out: Path) -> tuple[Path, dict]:
+    """The newest checkpoint whose files are what was written, and its state. ValueError: there is none."""
+    for path in reversed(checkpoints(out)):
+        try:
+            return path, read_state(path)
+        except ValueError as error:
+            tqdm.write(f"WARNING: {error}; looking for the checkpoint before it")
+    raise ValueError(f"{out} holds no checkpoint to resume from")
+
+
 def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
-    try:
-        tensors = load_file(path / "optimizer.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{path}/optimizer.safetensors is damaged: {error}; remove {path} to resume from the one before") from None
-    for name, p in model.named_parameters():
-        prefix = f"{name}."
-        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name}
-        if not state:
-            raise ValueError(f"{path}/optimizer.safetensors holds nothing for {name}; remove {path} to resume from the one before")
-        optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in state.items()}
+    """Each process takes its own shards of the tensors."""
+    with safe_open(path / "optimizer.safetensors", framework="pt") as tensors:
+        for name, p in model.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq") if tensors.keys() else ():  # none: no update has been made yet
+                value = tensors.get_tensor(f"{name}.{key}")
+                if key != "step" and isinstance(p, DTensor):
+                    value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
+                optimizer.state[p][key] = value.to(p.device)
 
 
 # ------------------------------------------------------------------------------------------------------------------ loop
@@ -346,12 +502,14 @@ class Run:
     rewards: RewardConfig
     content: Path | None = None  # the content model
     eval_data: tuple[Path, ...] = ()
+    dtype: str = "float32"  # of the computation; weights, their gradients and AdamW's states are float32 always
+    offload: bool = False
 
     def saved(self) -> dict:
         """What must be equal for a run to be resumed."""
         return {
             "model": str(self.model), "content": str(self.content.resolve()) if self.content else None,
-            "data": [str(path) for path in self.data], "eval_data": [str(path) for path in self.eval_data], "lang": self.lang,
+            "data": [str(path) for path in self.data], "eval_data": [str(path) for path in self.eval_data], "lang": self.lang, "dtype": self.dtype,
             **asdict(self.config), **asdict(self.rewards),
         }  # fmt: skip
 
@@ -378,68 +536,95 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     return problems, {split: generate_problems(config.eval_problems, 1, split) for split in splits}
 
 
+def load_policies(run: Run, resume: Path | None) -> tuple[Transformer, Transformer | None, torch.optim.Optimizer]:
+    """The model, its reference (None at beta 0) and the optimizer, sharded where one process, or float32, is not what was asked for."""
+    dtype, sharded = getattr(torch, run.dtype), dist.is_initialized()
+    model = load_model(resume or run.model, "cpu" if sharded else run.device)
+    model.source = run.model  # saving takes the tokenizer from there; a checkpoint resumed from will be deleted
+    model.checkpointing = run.config.recompute
+    reference = load_model(run.model, "cpu" if sharded else run.device, dtype).requires_grad_(False) if run.config.beta else None
+    if sharded:
+        for some in filter(None, (model, reference)):
+            shard(some, run.device, dtype, run.offload)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.config.lr, weight_decay=run.config.weight_decay, fused=True)
+    if resume:
+        load_optimizer(resume, model, optimizer)
+    return model, reference, optimizer
+
+
 def train(run: Run, resume: Path | None = None) -> None:
-    """The whole of Social-R1: roll out, score trajectories, compare within groups, update; log, evaluate and save on the way."""
-    config = run.config
+    """The whole of Social-R1: roll out, score trajectories, compare within groups, update; log, evaluate and save on the way.
+
+    `resume`: a checkpoint to go on from. Under torchrun every process calls this; the first one writes.
+    """
+    config, first_process = run.config, rank() == 0
     problems, held_out = load_problems(run)
     held_out = {name: some for name, some in held_out.items() if some}
-    model = load_model(resume or run.model, run.device)
-    model.source = run.model  # saving takes the tokenizer from there; a checkpoint resumed from will be deleted
     tokenizer = Tokenizer(run.model)
-    check_lengths(model, tokenizer, problems, config.max_new_tokens)
+    check_lengths(ModelConfig.from_json(read_json(run.model / "config.json")), tokenizer, problems, config.max_new_tokens)
     if len(problems) < config.prompts:
         raise ValueError(f"{len(problems)} training problems: --prompts {config.prompts} needs at least as many; lower it")
-    reference = load_model(run.model, run.device).requires_grad_(False) if config.beta else None
     scorer = load_content_model(run.content, run.device) if run.content else None
     for problem in problems if scorer else ():
         scorer.encode(problem.story, problem.question, [])  # a story that is too long says so now, not in the middle of the run
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    first = 0
-    if resume:
-        load_optimizer(resume, model, optimizer)
-        first = read_json(resume / "state.json")["step"]
+    model, reference, optimizer = load_policies(run, resume)
+    first = read_json(resume / "state.json")["step"] if resume else 0
     run.out.mkdir(parents=True, exist_ok=True)
-    log = run.out / "metrics.jsonl"
-    kept = log.read_text().splitlines()[:first] if log.exists() else []  # one line per step
-    write_text(log, "".join(f"{line}\n" for line in kept))
-    off = "R_content is off: no content model (--content), or no weight; the other terms keep theirs"
-    tqdm.write(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
-        f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps to go\n"
-        + (f"R_content from {run.content}" if scorer else off)
-    )
+    log = run.out / "metrics.jsonl" if first_process else Path(os.devnull)
+    if first_process:
+        kept = log.read_text().splitlines()[:first] if log.exists() else []  # one line per step
+        write_text(log, "".join(f"{line}\n" for line in kept))
+        off = "R_content is off: no content model (--content), or no weight; the other terms keep theirs"
+        tqdm.write(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
+            f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps to go\n"
+            + (f"R_content from {run.content}" if scorer else off)
+        )
 
     def examine(when: str, share: int = 1) -> dict[str, dict]:
+        policy = whole(model, run.device, getattr(torch, run.dtype))
         return {
             f"{name} {when}": evaluate(
-                model, tokenizer, some[: max(1, len(some) // share)], temperature=1.0, max_new_tokens=config.max_new_tokens,
+                policy, tokenizer, some[: max(1, len(some) // share)], temperature=1.0, max_new_tokens=config.max_new_tokens,
                 seed=config.seed, label=f"evaluating, {name}",
             )
-            for name, some in held_out.items()
+            for name, some in held_out.items() if first_process  # the others wait at their next exchange
         }  # fmt: skip
 
     if not resume:
-        write_json(run.out / "before.json", examine("before"))
-    stop, step, path = Interrupt(), first - 1, resume
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="grpo", unit="step")
+        before = examine("before")
+        if first_process:
+            write_json(run.out / "before.json", before)
+    stop, step, path, skipped = Interrupt(), first - 1, resume, 0
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="grpo", unit="step", disable=not first_process)
     with stop, open(log, "a", encoding="utf-8") as lines:
         for step in bar:
             metrics = train_step(model, reference, scorer, optimizer, tokenizer, problems, run, step)
+            skipped = skipped + metrics["skipped"] if metrics["skipped"] == config.minibatches else 0
+            if skipped >= config.max_skips:
+                raise ValueError(
+                    f"step {step}: {skipped} updates in a row had a loss or gradient that is not finite, and were skipped; the last good "
+                    f"checkpoint is {path or run.model}: lower --lr or --max-grad-norm"
+                )
             if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
                 for name, result in examine("", share=4).items():
                     metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
             print(json.dumps(metrics), file=lines, flush=True)
             shown = ("reward", "out", "struct", "content", "entropy", "length")
             bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown if metrics[name] is not None})
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
-                path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()})
-            if stop.asked:
+            stopping = highest(stop.asked)  # in any process
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
+                path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()}, config.keep)
+            if stopping:
                 break
     if step + 1 < config.steps:
-        print(f"\nstopped after step {step + 1} of {config.steps}; checkpoint: {path}\ngo on with the same flags and: --out {run.out} --resume")
+        if first_process:
+            print(f"\nstopped after step {step + 1} of {config.steps}; checkpoint: {path}\ngo on with the same flags and: --out {run.out} --resume")
         return
-    write_json(run.out / "after.json", examine("after"))
-    report(run, path)
+    after = examine("after")
+    if first_process:
+        write_json(run.out / "after.json", after)
+        report(run, path)
 
 
 def report(run: Run, path: Path) -> None:
@@ -457,12 +642,16 @@ def train_step(
     model: Transformer, reference: Transformer | None, scorer: ContentModel | None, optimizer: torch.optim.Optimizer,
     tokenizer: Tokenizer, problems: list[Problem], run: Run, step: int,
 ) -> dict:  # fmt: skip
-    """One step of GRPO on P problems; changes the model, returns the step's line for the log."""
+    """One step of GRPO on P problems, a share of them in each process; changes the model, returns the step's line for the log."""
     config, clock = run.config, [time.perf_counter()]
-    some = problems_of_step(problems, step, config.prompts, config.seed)
+    count = config.prompts // processes()
+    share = slice(rank() * count, (rank() + 1) * count)
+    some = problems_of_step(problems, step, config.prompts, config.seed)[share]
     prompts = [tokenizer.chat(build_messages(problem)) for problem in some]
     seed = config.seed * 1_000_003 + step
-    groups = generate(model, prompts, config.group_size, config.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
+    policy = whole(model, run.device, getattr(torch, run.dtype))
+    groups = generate(policy, prompts, config.group_size, config.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=seed)
+    del policy
     clock.append(time.perf_counter())
     responses = parse(some, groups, tokenizer)
     contents = scorer.rewards(some, responses) if scorer else [[None] * len(group) for group in groups]
@@ -475,30 +664,29 @@ def train_step(
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    metrics = update(model, reference, optimizer, Rollout(prompts, groups, advantages), config)
+    metrics = update(model, reference, optimizer, Rollout(prompts, groups, advantages, share.start), config)
     clock.append(time.perf_counter())
 
     completions = [c for group in groups for c in group]
-    tokens = sum(len(c.tokens) for c in completions)
-
-    def mean(name: str) -> float:
-        return sum(r.parts[name] for group in rewards for r in group) / len(completions)
-
+    parts = ("fmt", "out", "struct", "len", *(("content",) if scorer else ()))
+    sums = summed({
+        "reward": float(totals.sum()),
+        **{name: sum(r.parts[name] for group in rewards for r in group) for name in parts},
+        "flat_groups": config.group_size * int((totals.amax(1) == totals.amin(1)).sum()),  # groups without spread teach nothing
+        "length": sum(len(c.tokens) for c in completions),
+        "finished": sum(c.finished for c in completions),
+    })  # fmt: skip
+    means = {name: value / (config.prompts * config.group_size) for name, value in sums.items()}
     return {
         "step": step,
-        "reward": float(totals.mean()),
-        **{name: mean(name) for name in ("fmt", "out", "struct", "len")},
-        "content": mean("content") if scorer else None,
+        "content": None,
+        **means,
         "tau": tau,
         "weights": run.rewards.weights(tau, scorer is not None),
-        "flat_groups": float((totals.amax(1) == totals.amin(1)).float().mean()),  # groups without spread teach nothing
-        "entropy": -sum(sum(c.logprobs) for c in completions) / tokens,  # of the policy, estimated by its own samples
-        "length": tokens / len(completions),
-        "finished": sum(c.finished for c in completions) / len(completions),
         **metrics,
         "kl": metrics["kl"] if reference is not None else None,  # without a reference it is not known
         "lr": lr,
-        "tokens_per_second": tokens / (clock[1] - clock[0]),
+        "tokens_per_second": sums["length"] / (clock[1] - clock[0]),
         "seconds": {name: b - a for name, a, b in zip(("rollout", "content", "score", "update"), clock, clock[1:])},
         "content_share": (clock[2] - clock[1]) / (clock[-1] - clock[0]) if scorer else None,  # of the step's time
     }
@@ -777,7 +965,8 @@ def add_flags(parser: argparse.ArgumentParser, presets: tuple[object, object]) -
         shown = {name: getattr(preset, f.name) for name, preset in (("tiny", tiny), ("paper", paper))}
         default = str(shown["paper"]) if shown["tiny"] == shown["paper"] else f"{shown['tiny']} | {shown['paper']}"
         flag, kind = f"--{f.name.replace('_', '-')}", type(shown["paper"])
-        parser.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"{f.metadata['help']} ({default})")
+        value = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(flag, **value, help=f"{f.metadata['help']} ({default})")
 
 
 def choose_config(args: argparse.Namespace, preset: object) -> object:
@@ -799,6 +988,8 @@ def main() -> None:
     add("--out", type=Path, help="folder for checkpoints and log (runs/DATE-TIME)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the computation; weights and AdamW stay float32 (bfloat16 on cuda, else float32)")
+    add("--offload", action="store_true", help="keep weights, gradients and AdamW's states in the host's memory (cuda; slower, fits small cards)")
     add("--cold-start", type=Path, metavar="DIR", help="rebuild the embedded policy from nothing (about a quarter of an hour on 2 cores) and stop")
     add_flags(parser.add_argument_group("training"), (TINY_PRESET[0], PAPER[0]))
     add_flags(parser.add_argument_group("reward (a weight of 0 removes its term)"), (TINY_PRESET[1], PAPER[1]))
@@ -808,24 +999,33 @@ def main() -> None:
         cold_start(args.cold_start, ColdStartConfig(), args.seed or 0)
         return
     config, rewards = (choose_config(args, preset) for preset in (PAPER if args.model else TINY_PRESET))
+    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    if args.offload and not args.device.startswith("cuda"):
+        raise ValueError(f"--offload moves what a GPU cannot hold to the host; --device {args.device} is the host")
+    if "RANK" in os.environ or dtype != "float32" or args.offload:
+        args.device = join_processes(args.device)
+    if config.prompts % processes():
+        raise ValueError(f"--prompts {config.prompts}: {processes()} processes share them equally; choose a multiple")
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the folder of the run to go on with")
     out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     content = args.content or (None if args.model else TINY_CONTENT)
     if not rewards.w_content or "content" in rewards.off:
         content = None
-    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content, tuple(args.eval_data))
+    run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content, tuple(args.eval_data), dtype, args.offload)
     saved = checkpoints(out)
     if saved and not args.resume:
         raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")
-    if args.resume and not saved:
-        raise ValueError(f"{out} holds no checkpoint to resume from")
+    resume = None
     if args.resume:
-        then = read_json(saved[-1] / "state.json").get("run", {})
-        if changed := [f"{key} was {then.get(key)!r}, is {value!r}" for key, value in run.saved().items() if then.get(key) != value]:
-            raise ValueError(f"cannot resume {saved[-1]} with other settings: {'; '.join(changed)}")
-    print(f"config: {json.dumps(run.saved())}")
-    train(run, saved[-1] if args.resume else None)
+        resume, state = last_whole(out)
+        if changed := [f"{key} was {state['run'].get(key)!r}, is {value!r}" for key, value in run.saved().items() if state["run"].get(key) != value]:
+            raise ValueError(f"cannot resume {resume} with other settings: {'; '.join(changed)}")
+    if rank() == 0:
+        print(f"config: {json.dumps(run.saved())}")
+    train(run, resume)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
