@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import torch.nn.functional as F
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from eval import DO_NOT_TRAIN, MEASURES, check_lengths, contamination_note, evaluate, normalise, read_all, spread, table
 from model import (
-    Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, logprobs_and_entropy, pad, read_json,
-    refuse_other_folders, save_model,
+    Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, logprobs_and_entropy, pad,
+    read_config, read_json, refuse_other_folders, save_model,
 )  # fmt: skip
 from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
 from socialr1 import (
@@ -560,8 +560,8 @@ def train(run: Run, resume: Path | None = None) -> None:
     config, first_process = run.config, rank() == 0
     problems, held_out = load_problems(run)
     held_out = {name: some for name, some in held_out.items() if some}
-    tokenizer = Tokenizer(run.model)
-    check_lengths(ModelConfig.from_json(read_json(run.model / "config.json")), tokenizer, problems, config.max_new_tokens)
+    model_config, tokenizer = read_config(run.model), Tokenizer(run.model)
+    check_lengths(model_config, tokenizer, problems, config.max_new_tokens)
     if len(problems) < config.prompts:
         raise ValueError(f"{len(problems)} training problems: --prompts {config.prompts} needs at least as many; lower it")
     scorer = load_content_model(run.content, run.device) if run.content else None

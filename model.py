@@ -828,16 +828,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, scalar: bool | None = False
-) -> Transformer:
-    """Load a Hugging Face checkpoint folder (single or sharded safetensors); ValueError names what does not fit.
-
-    A language model, unless `scalar` asks for one with a scalar head (True) or takes either (None).
-
-    Names and shapes are compared before anything is read; then each tensor goes from its file into the wanted dtype and device by
-    itself, the largest first, so that memory peaks at hardly more than the weights.
-    """
+def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
+    """Of a checkpoint folder: a language model's, unless `scalar` asks for one with a scalar head (True) or takes either (None)."""
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such model folder; expected one with config.json and model.safetensors")
@@ -845,6 +837,18 @@ def load_model(
     if scalar not in (config.scalar, None):
         kinds = "language model", "content model (with a scalar head)"
         raise ValueError(f"{folder} is a {kinds[config.scalar]}; expected a {kinds[scalar]}")
+    return config
+
+
+def load_model(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, scalar: bool | None = False
+) -> Transformer:
+    """Load a Hugging Face checkpoint folder (single or sharded safetensors); ValueError names what does not fit.
+
+    `scalar` as in read_config. Names and shapes are compared before anything is read; then each tensor goes from its file into the wanted dtype and device by
+    itself, the largest first, so that memory peaks at hardly more than the weights.
+    """
+    folder, config = Path(path), read_config(path, scalar)
     with torch.device("meta"):
         model = Transformer(config)
     places = _find_tensors(folder, dict(model.named_parameters(remove_duplicate=False)), config)
