@@ -591,7 +591,7 @@ def _cell(value: float | None, span: list[float] | None = None, length: bool = F
     return form.format(value) + (f" [{', '.join(map(form.format, span))}]" if span else "")
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
@@ -618,7 +618,7 @@ def table_rows(results: dict[str, dict]) -> list[list[str]]:
 
 
 def table(results: dict[str, dict]) -> str:
-    return _aligned(table_rows(results))
+    return aligned(table_rows(results))
 
 
 def process_rows(result: dict) -> list[list[str]]:
@@ -816,7 +816,7 @@ def main() -> None:
     else:
         results = {args.model.name or str(args.model): run(args)}
         tables = [table_rows(results), process_rows(*results.values())]
-    print(*map(_aligned, tables), sep="\n\n")
+    print(*map(aligned, tables), sep="\n\n")
     if args.json and not args.compare:
         print(f"every response: {args.json}")
     if args.report:

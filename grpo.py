@@ -39,10 +39,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from eval import DO_NOT_TRAIN, MEASURES, check_lengths, contamination_note, evaluate, normalise, read_all, spread, table
+from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate, normalise, read_all, spread, table
 from model import (
-    Completion, ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate, load_model, logprobs_and_entropy, pad,
-    read_config, read_json, refuse_other_folders, save_model,
+    PACK_LIMIT, PREFILL_TOKENS, SAMPLING_BUDGET, ChunkedLogProbs, Completion, ModelConfig, Tokenizer, Transformer, check_device,
+    completion_logprobs, generate, load_model, logprobs_and_entropy, pad, read_config, read_json, refuse_other_folders, save_model,
 )  # fmt: skip
 from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
 from socialr1 import (
@@ -711,6 +711,93 @@ class Interrupt:
         tqdm.write("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
 
 
+# ----------------------------------------------------------------------------------------------------------- memory plan
+
+
+MOMENTS = ("sampling", "loss", "backward begins", "backward ends")  # when memory may be at its peak
+
+
+def memory_plan(
+    model: ModelConfig, config: GRPOConfig, prompt_length: int, workers: int = 1, dtype: str = "float32", sharded: bool = False, cuda: bool = False
+) -> dict[str, tuple[float, ...]]:
+    """Bytes that each item takes in one process at each of MOMENTS [O]; `sharded` as in load_policies.
+
+    `prompt_length` is the longest prompt's; completions are taken as long as they may be. Libraries, the content model, and what an
+    allocator loses between tensors come on top.
+    """
+    with torch.device("meta"):
+        whole_model = Transformer(model)
+    n, block = (sum(p.numel() for p in part.parameters()) for part in (whole_model, whole_model.layers[0]))
+    head = model.hidden_size * model.vocab_size
+    outside = n - block * model.num_layers  # embedding, head and last norm
+    number = 2 if dtype == "bfloat16" else 4
+    d, f, q, kv = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    prompts, G, T = config.prompts // workers, config.group_size, config.max_new_tokens
+    group = prompt_length + G * T
+
+    at_once = max(1, min(prompts, SAMPLING_BUDGET // group))  # prompts whose completions are sampled together
+    cache = 2 * model.num_layers * kv * number * at_once * group
+    packed = 4 * block * model.num_layers + 4 * head
+    copy = number * n if sharded else packed if not cuda and packed <= PACK_LIMIT else 0
+
+    tokens = math.ceil(prompts / config.minibatches) * group
+    several, tokens = tokens > config.token_budget, min(tokens, max(config.token_budget, prompt_length + T))
+    keys = 2 * (q if cuda else kv) + (prompt_length + T)  # repeated for the heads that share them; mask
+    in_block = tokens * (number * (4 * f + 3 * d + 2 * q + 2 * kv + keys) + 4 * (4 * d + 2 * q))  # what its backward needs; norms in fp32
+    kept = tokens * model.num_layers * d * number if config.recompute else (model.num_layers - 1) * in_block
+    at_work = in_block + tokens * number * 3 * f  # a block on its way back, and gradients within it
+    chunk = min(ChunkedLogProbs.SIZE, tokens * model.vocab_size)
+    logits = 4 * 2 * chunk + (number * chunk if number < 4 else 0)
+    gathered = number * (outside + 2 * block) * (2 if config.beta else 1) if sharded else 0  # a block computes while the next arrives
+    returning = 4 * (outside + block) if sharded else 0  # gradients before each process takes its part
+    gradients = 4 * n / workers
+    before = gradients if several else 0  # of earlier micro-batches
+    return {
+        "weights (fp32)": (4 * n / workers,) * 4,
+        "AdamW's states (fp32)": (8 * n / workers,) * 4,
+        "gradients (fp32)": (0, before + 4 * head, max(before, 4 * head), gradients),
+        "reference policy": (number * n / workers,) * 4 if config.beta else (0,) * 4,
+        "weights to sample with": (copy, 0, 0, 0),
+        "KV cache": (cache, 0, 0, 0),
+        "weights and gradients gathered": (0, gathered, gathered + returning, gathered + returning),
+        "activations": (number * PREFILL_TOKENS[cuda] * (2 * f + 6 * d), kept + (0 if config.recompute else in_block), kept + at_work, at_work),
+        "logits": (3 * 4 * at_once * G * model.vocab_size, logits, 0, 0),
+    }
+
+
+def print_plan(run: Run, memory: float) -> None:
+    """The plan for one process of WORLD_SIZE, and whether it fits into `memory` bytes; nothing but configs and tokenizer is read."""
+    c, workers, cuda = run.config, int(os.environ.get("WORLD_SIZE", 1)), run.device.startswith("cuda")
+    problems, held_out = load_problems(run)
+    tokenizer = Tokenizer(run.model)
+    longest = max(len(tokenizer.chat(build_messages(problem))) for problem in itertools.chain(problems, *held_out.values()))
+    sharded = workers > 1 or run.dtype != "float32" or run.offload
+    plan = memory_plan(read_config(run.model), c, longest, workers, run.dtype, sharded, cuda)
+    hosted = {name for name in plan if run.offload and (name.endswith("(fp32)") or name == "reference policy")}
+    print(
+        f"{run.model}: {c.prompts} prompts of at most {longest} tokens x {c.group_size} completions of {c.max_new_tokens}; {workers} "
+        f"process{'es' * (workers > 1)}, {run.dtype}, activation checkpointing {'on' if c.recompute else 'off'}. GiB in each process:\n"
+    )
+    rows = [["", *MOMENTS, "where"]]
+    for name, sizes in plan.items():
+        if any(sizes):
+            rows.append([name, *(f"{size / 2**30:.2f}" for size in sizes), "host" if name in hosted else "device"])
+    on_device = [sum(sizes[i] for name, sizes in plan.items() if name not in hosted) for i in range(len(MOMENTS))]
+    on_host = [sum(sizes[i] for name, sizes in plan.items() if name in hosted) for i in range(len(MOMENTS))]
+    rows.append(["together, on the device", *(f"{size / 2**30:.2f}" for size in on_device), ""])
+    print(aligned(rows))
+    verdict = "fits into" if max(on_device) <= 0.95 * memory else "does NOT fit into"
+    print(f"\npeak {max(on_device) / 2**30:.1f} GiB: {verdict} {memory / 2**30:.1f} GiB (5% left to libraries)", end="")
+    print(f"; on the host {max(on_host) / 2**30:.1f} GiB in each process" if run.offload else "")
+
+
+def memory_of(device: str) -> float:
+    """Bytes that the machine has for this device."""
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # ------------------------------------------------------------------------------------------------------------ cold start
 #
 # The embedded default needs something to play the pretrained LLM: fluent in the SIP format, and fooled by shortcuts. It is
@@ -990,11 +1077,15 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="of the computation; weights and AdamW stay float32 (bfloat16 on cuda, else float32)")
     add("--offload", action="store_true", help="keep weights, gradients and AdamW's states in the host's memory (cuda; slower, fits small cards)")
+    add("--plan", type=float, nargs="?", const=0.0, metavar="GIB", help="say what memory the run needs, and whether GIB (this machine's, if not given) "
+        "suffice; then stop. --device cuda can be planned without one, more processes with WORLD_SIZE=N")
     add("--cold-start", type=Path, metavar="DIR", help="rebuild the embedded policy from nothing (about a quarter of an hour on 2 cores) and stop")
     add_flags(parser.add_argument_group("training"), (TINY_PRESET[0], PAPER[0]))
     add_flags(parser.add_argument_group("reward (a weight of 0 removes its term)"), (TINY_PRESET[1], PAPER[1]))
     args = parser.parse_args()
-    check_device(args.device)
+    planning = args.plan is not None
+    if not (planning and args.device == "cuda"):
+        check_device(args.device)
     if args.cold_start:
         cold_start(args.cold_start, ColdStartConfig(), args.seed or 0)
         return
@@ -1002,10 +1093,11 @@ def main() -> None:
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.offload and not args.device.startswith("cuda"):
         raise ValueError(f"--offload moves what a GPU cannot hold to the host; --device {args.device} is the host")
-    if "RANK" in os.environ or dtype != "float32" or args.offload:
+    workers = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
+    if config.prompts % workers:
+        raise ValueError(f"--prompts {config.prompts}: {workers} processes share them equally; choose a multiple")
+    if not planning and ("RANK" in os.environ or dtype != "float32" or args.offload):
         args.device = join_processes(args.device)
-    if config.prompts % processes():
-        raise ValueError(f"--prompts {config.prompts}: {processes()} processes share them equally; choose a multiple")
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the folder of the run to go on with")
     out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
@@ -1013,6 +1105,11 @@ def main() -> None:
     if not rewards.w_content or "content" in rewards.off:
         content = None
     run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content, tuple(args.eval_data), dtype, args.offload)
+    if planning:
+        if args.device == "cuda" and not args.plan and not torch.cuda.is_available():
+            raise ValueError("--plan for cuda, which this machine does not have: say how many GiB the card has, as in --plan 80")
+        print_plan(run, args.plan * 2**30 or memory_of(args.device))
+        return
     saved = checkpoints(out)
     if saved and not args.resume:
         raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")

@@ -565,6 +565,9 @@ def _packing_works() -> bool:
         return False
 
 
+SAMPLING_BUDGET = 65536  # tokens in caches at a time
+
+
 def waves(
     prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, token_budget: int
 ) -> Iterator[list[tuple[int, ...]]]:
@@ -590,7 +593,7 @@ def generate(
     top_k: int = 0,
     stop_ids: tuple[int, ...] = (),
     seed: int = 0,
-    token_budget: int = 65536,
+    token_budget: int = SAMPLING_BUDGET,
 ) -> list[list[Completion]]:
     """Sample `group_size` completions of each prompt -> P lists of G, as in METHOD.md section 8.
 
