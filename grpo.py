@@ -774,21 +774,22 @@ def print_plan(run: Run, memory: float) -> None:
     sharded = workers > 1 or run.dtype != "float32" or run.offload
     plan = memory_plan(read_config(run.model), c, longest, workers, run.dtype, sharded, cuda)
     hosted = {name for name in plan if run.offload and (name.endswith("(fp32)") or name == "reference policy")}
+    on_device = [sum(sizes[i] for name, sizes in plan.items() if name not in hosted) for i in range(len(MOMENTS))]
+    on_host = [sum(sizes[i] for name, sizes in plan.items() if name in hosted) for i in range(len(MOMENTS))]
+    unit, label = (2**30, "GiB") if max(on_device) >= 2**30 else (2**20, "MiB")
     print(
         f"{run.model}: {c.prompts} prompts of at most {longest} tokens x {c.group_size} completions of {c.max_new_tokens}; {workers} "
-        f"process{'es' * (workers > 1)}, {run.dtype}, activation checkpointing {'on' if c.recompute else 'off'}. GiB in each process:\n"
+        f"process{'es' * (workers > 1)}, {run.dtype}, activation checkpointing {'on' if c.recompute else 'off'}. {label} in each process:\n"
     )
     rows = [["", *MOMENTS, "where"]]
     for name, sizes in plan.items():
         if any(sizes):
-            rows.append([name, *(f"{size / 2**30:.2f}" for size in sizes), "host" if name in hosted else "device"])
-    on_device = [sum(sizes[i] for name, sizes in plan.items() if name not in hosted) for i in range(len(MOMENTS))]
-    on_host = [sum(sizes[i] for name, sizes in plan.items() if name in hosted) for i in range(len(MOMENTS))]
-    rows.append(["together, on the device", *(f"{size / 2**30:.2f}" for size in on_device), ""])
+            rows.append([name, *(f"{size / unit:.1f}" for size in sizes), "host" if name in hosted else "device"])
+    rows.append(["together, on the device", *(f"{size / unit:.1f}" for size in on_device), ""])
     print(aligned(rows))
     verdict = "fits into" if max(on_device) <= 0.95 * memory else "does NOT fit into"
-    print(f"\npeak {max(on_device) / 2**30:.1f} GiB: {verdict} {memory / 2**30:.1f} GiB (5% left to libraries)", end="")
-    print(f"; on the host {max(on_host) / 2**30:.1f} GiB in each process" if run.offload else "")
+    print(f"\npeak {max(on_device) / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB (5% left to libraries)", end="")
+    print(f"; on the host {max(on_host) / unit:.1f} {label} in each process" if run.offload else "")
 
 
 def memory_of(device: str) -> float:
