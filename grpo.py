@@ -1115,7 +1115,9 @@ def main() -> None:
     if saved and not args.resume:
         raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")
     resume = None
-    if args.resume:
+    if args.resume and not saved and out.is_dir():
+        print(f"{out} holds no checkpoint yet: the run begins again")
+    elif args.resume:
         resume, state = last_whole(out)
         if changed := [f"{key} was {state['run'].get(key)!r}, is {value!r}" for key, value in run.saved().items() if state["run"].get(key) != value]:
             raise ValueError(f"cannot resume {resume} with other settings: {'; '.join(changed)}")

@@ -763,6 +763,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             logprobs = at_least_float32(some @ weight.T).log_softmax(dim=1)  # (rows, V)
             chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
             entropies.append(-logprobs.exp().mul_(logprobs.clamp_(min=-1e4)).sum(dim=1))  # 0 * -inf would be NaN
+            del logprobs  # before the next ones are made
         chosen, entropies = torch.cat(chosen), torch.cat(entropies)
         ctx.mark_non_differentiable(entropies)
         return chosen, entropies
@@ -781,6 +782,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, some)
             else:
                 grad_weight += grad_logits.T @ some  # chunks of bf16 are summed in fp32
+            del probs, grad_logits
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None
 
 

@@ -1,0 +1,325 @@
+"""The training step at scale: packed prompts, chunked log-probabilities, the memory plan, several processes, runs that are killed."""
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
+
+import grpo
+from grpo import GRPOConfig, Rollout, Run, checkpoints, grpo_loss, last_whole, memory_plan, train, update
+from model import ChunkedLogProbs, Completion, ModelConfig, Transformer, generate, load_model, logprobs_and_entropy
+from rewards import Reward, RewardConfig
+from socialr1 import TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+RAW = dict(
+    model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=4000, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=32, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
+    tie_word_embeddings=True, max_position_embeddings=1024,
+)  # fmt: skip
+UNTIMED = ("seconds", "tokens_per_second", "content_share")
+
+
+def random_model(**changes) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig.from_json(RAW | changes))
+
+
+def random_ids(rng: random.Random, count: int) -> list[int]:
+    return [rng.randrange(RAW["vocab_size"]) for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_the_naive_batch(recompute):
+    rng = random.Random(1)
+    model = random_model(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=4000)
+    model.checkpointing = recompute
+    prompts = [random_ids(rng, n) for n in (40, 7, 23)]
+    groups = [[random_ids(rng, n) for n in lengths] for lengths in ((30, 1, 17), (5, 64, 2), (11, 12, 13))]
+    advantages = torch.tensor([1.0, -1.3, 0.3, 0.8, -0.2, -0.6, 1.1, 0.0, -1.1])
+
+    def loss_of(logprobs, mask):
+        noise = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+        return grpo_loss(logprobs, logprobs.detach() + noise, logprobs.detach() - 2 * noise, advantages, mask)[0]
+
+    packed, mask, entropies = logprobs_and_entropy(model, prompts, groups)
+    gradients = torch.autograd.grad(loss_of(packed, mask), list(model.parameters()))
+
+    # naive: every completion behind a copy of its prompt, padded on the right, logits of everything
+    rows = [(prompt, ids) for prompt, group in zip(prompts, groups) for ids in group]
+    tokens = torch.zeros(len(rows), max(len(p) + len(c) for p, c in rows), dtype=torch.long)
+    for row, (p, c) in zip(tokens, rows):
+        row[: len(p) + len(c)] = torch.tensor(p + c)
+    everything = model(tokens).log_softmax(dim=-1)  # (B, L, V)
+    plain, plain_entropies = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    for i, (p, c) in enumerate(rows):
+        ahead = everything[i, len(p) - 1 : len(p) + len(c) - 1]
+        plain[i, : len(c)] = ahead.gather(1, torch.tensor(c)[:, None])[:, 0]
+        plain_entropies[i, : len(c)] = -(ahead.exp() * ahead).sum(dim=1).detach()
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=1e-5)
+    for (name, _), ours, theirs in zip(model.named_parameters(), gradients, torch.autograd.grad(loss_of(plain, mask), list(model.parameters()))):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
+
+
+def test_chunked_log_probabilities_are_exact(monkeypatch):
+    monkeypatch.setattr(ChunkedLogProbs, "SIZE", 30)  # 3 rows at a time
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (10, 5)))
+    targets = torch.tensor([0, 9, 3, 3, 7, 1, 0])
+    chosen, entropies = ChunkedLogProbs.apply(hidden, weight, targets)
+    everything = (hidden @ weight.T).log_softmax(dim=1)
+    torch.testing.assert_close(chosen, everything[torch.arange(7), targets])
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=everything).entropy())
+    assert torch.autograd.gradcheck(lambda h, w: ChunkedLogProbs.apply(h, w, targets)[0], (hidden, weight))
+    monkeypatch.setattr(ChunkedLogProbs, "SIZE", 1)  # less than a row: one row at a time
+    torch.testing.assert_close(ChunkedLogProbs.apply(hidden, weight, targets)[0], chosen)
+
+
+def memory_peak(work) -> int:
+    """Bytes of tensors that `work` holds at a time, beyond what is there already."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = high = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        high = max(high, live)
+    return high
+
+
+def test_the_loss_never_holds_more_logits_than_a_chunk():
+    weight = torch.randn(151936, 8, requires_grad=True)
+
+    def peak(count):
+        hidden = torch.randn(count, 8, requires_grad=True)
+        return memory_peak(lambda: ChunkedLogProbs.apply(hidden, weight, torch.arange(count))[0].sum().backward())
+
+    few, more = peak(100), peak(300)
+    assert 4 * ChunkedLogProbs.SIZE < few < 2.5 * 4 * ChunkedLogProbs.SIZE + 4 * weight.nbytes
+    assert more - few < 2e6  # 1 MB per 100 tokens; their logits alone would take 60 MB each time
+
+
+@pytest.mark.parametrize("recompute, budget", [(True, 8192), (False, 8192), (True, 500)])
+def test_the_memory_plan_foretells_the_peaks(recompute, budget):
+    rng, model = random.Random(0), random_model()
+    model.checkpointing = recompute
+    config = GRPOConfig(prompts=4, group_size=4, max_new_tokens=60, recompute=recompute, token_budget=budget)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    prompts = [random_ids(rng, 100) for _ in range(4)]
+    found = []
+    sampling = memory_peak(lambda: found.append(generate(model, prompts, 4, 60)))
+    rollout = Rollout(prompts, found[0], torch.randn(4, 4))
+    reference = random_model().requires_grad_(False)
+    update(model, reference, optimizer, rollout, config)  # AdamW's states come into being
+    updating = memory_peak(lambda: update(model, reference, optimizer, rollout, config))
+    held = sum(x.nbytes for x in (*model.parameters(), *reference.parameters()))
+    held += sum(x.nbytes for states in optimizer.state.values() for x in states.values())
+    plan = memory_plan(model.config, config, 100)
+    moments = [sum(sizes[i] for sizes in plan.values()) for i in range(4)]
+    assert moments[0] == pytest.approx(held + sampling, rel=0.15)
+    assert max(moments[1:]) == pytest.approx(held + updating, rel=0.15)
+    without = memory_plan(model.config, replace(config, beta=0.0), 100)
+    assert not any(without["reference policy"]) and any(plan["reference policy"])
+
+
+def test_the_plan_of_a_large_model_loads_nothing(tmp_path, command, monkeypatch):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).write_text((TINY / name).read_text())
+    large = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    (tmp_path / "config.json").write_text(json.dumps(RAW | large | dict(vocab_size=151936, max_position_embeddings=4096)))
+    flags = ("--model", tmp_path, "--device", "cuda", "--out", tmp_path / "out")
+    code, out, err = command(grpo.main, *flags, "--plan", "80")
+    assert code == 0 and "fits into 80.0 GiB" in out, err
+    assert re.search(r"^weights \(fp32\) +15\.0", out, re.M) and re.search(r"^AdamW's states \(fp32\) +30\.0", out, re.M)  # 4.02e9 x 4, x 8
+    assert "does NOT fit into 24.0 GiB" in command(grpo.main, *flags, "--plan", "24")[1]
+    assert "fits into 24.0 GiB" in command(grpo.main, *flags, "--plan", "24", "--offload")[1]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert re.search(r"^weights \(fp32\) +3\.7", command(grpo.main, *flags, "--plan", "80")[1], re.M)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+SMALL = (
+    "--steps", "6", "--prompts", "4", "--group-size", "3", "--minibatches", "2", "--max-new-tokens", "130", "--token-budget", "900",
+    "--eval-problems", "0", "--eval-every", "0", "--save-every", "1", "--lr", "1e-3",
+)  # fmt: skip
+
+
+def start(out: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "grpo.py"), "--out", str(out), *SMALL, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finish(process: subprocess.Popen) -> str:
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def log_of(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in UNTIMED} for line in lines]
+
+
+def tensors_of(out: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    files = [out / f"checkpoint-{step:06d}" / name for name in ("model.safetensors", "optimizer.safetensors")]
+    return {f"{file.name}: {key}": value for file in files for key, value in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(start(out))
+    assert sum(line["grad_norm"] > 0.01 for line in log_of(out)) >= 5  # there is something to compare
+    return out
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken):
+    rng, out, kills = random.Random(), tmp_path / "run", []
+    while len(kills) < 4:
+        process = start(out, *(["--resume"] if out.is_dir() else []))
+        for line in process.stdout:
+            if "steps to go" in line:  # everything is loaded; a step takes about half a second
+                break
+        kills.append(rng.uniform(0, 1.5))
+        time.sleep(kills[-1])
+        process.kill()
+        process.communicate()
+    finish(start(out, "--resume"))
+    assert log_of(out) == log_of(unbroken), kills
+    ours, theirs = tensors_of(out), tensors_of(unbroken)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs), kills
+
+
+def test_two_processes_are_one(tmp_path, unbroken):
+    out = tmp_path / "run"
+    finish(start(out, "--keep", "6", processes=2))
+
+    def same():
+        for ours, theirs in zip(log_of(out), log_of(unbroken), strict=True):
+            assert ours.pop("weights") == theirs.pop("weights")
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        ours, theirs = tensors_of(out), tensors_of(unbroken)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            relative = 1e-5 if key.startswith("model") else 1e-4  # rounding errors of gradients stand out in AdamW's states
+            assert (ours[key] - value).norm() <= relative * value.norm(), key
+
+    same()
+    for path in checkpoints(out)[3:]:
+        path.rename(out / f"gone-{path.name}")
+    finish(start(out, "--keep", "6", "--resume"))  # one process goes on where two were
+    same()
+
+
+CONFIG = GRPOConfig(
+    steps=4, prompts=2, group_size=4, lr=1e-3, warmup_steps=2, max_new_tokens=24, eval_problems=0, eval_every=0, save_every=1, recompute=False
+)
+
+
+def run_in(folder: Path, **changes) -> Run:
+    return Run(TINY, folder, (), "en", "cpu", replace(CONFIG, **changes), RewardConfig())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, capsys, name):
+    train(run_in(tmp_path))
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000003", "checkpoint-000004"]  # the last two are kept
+    assert last_whole(tmp_path)[1]["step"] == 4
+    file = checkpoints(tmp_path)[1] / name
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # a single bit
+    file.write_bytes(damaged)
+    path, state = last_whole(tmp_path)
+    assert (path.name, state["step"]) == ("checkpoint-000003", 3)
+    assert f"WARNING: {file} is damaged" in "".join(capsys.readouterr())
+    torn = path / name
+    torn.write_bytes(torn.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        last_whole(tmp_path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    """A limit on the size of files stands in for the full disk: writing fails in the middle of one."""
+    step, limits = grpo.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(*arguments):
+        metrics = step(*arguments)
+        if arguments[-1] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4 << 20, limits[1]))  # the weights fit, AdamW's states do not
+        return metrics
+
+    monkeypatch.setattr(grpo, "train_step", fill)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-000003 could not be saved: .*checkpoint-000002 is whole: make room"):
+            train(run_in(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] != [] and not (tmp_path / ".saving").exists()
+    monkeypatch.setattr(grpo, "train_step", step)
+    path, state = last_whole(tmp_path)
+    assert state["step"] == 2
+    train(run_in(tmp_path), resume=path)
+    assert last_whole(tmp_path)[1]["step"] == 4
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_some_in_a_row_stop_the_run(tmp_path, monkeypatch):
+    broken = set()
+    real = grpo.group_advantages
+
+    def advantages(rewards, scale=True, eps=1e-6):
+        return real(rewards, scale, eps) + (float("nan") if len(seen) in broken else 0.1)
+
+    seen, step = [], grpo.train_step
+
+    def count(*arguments):
+        metrics = step(*arguments)
+        seen.append(metrics)
+        return metrics
+
+    monkeypatch.setattr(grpo, "group_advantages", advantages)
+    monkeypatch.setattr(grpo, "train_step", count)
+    broken.add(1)
+    train(run_in(tmp_path / "one", keep=4))
+    assert [line["skipped"] for line in seen] == [0, 1, 0, 0]
+    states = [tensors_of(tmp_path / "one", step) for step in (1, 2, 3)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not all(torch.equal(states[1][key], states[2][key]) for key in states[0])
+    seen.clear()
+    broken |= {2, 3}
+    with pytest.raises(ValueError, match=r"step 3: 3 updates in a row .*not finite.* the last good checkpoint is .*checkpoint-000003"):
+        train(run_in(tmp_path / "three"))
+
+
+def test_other_processes_may_have_more_micro_batches(monkeypatch):
+    """Then this one computes along, for nothing: its gradients stay what they are."""
+    rng, results = random.Random(0), []
+    rollout = Rollout(
+        [random_ids(rng, 9)], [[Completion(random_ids(rng, 5), [-8.0] * 5, True) for _ in range(3)]], torch.tensor([[1.0, -1.0, 0.0]])
+    )
+    for more in (0, 2):
+        model = random_model(num_hidden_layers=1)
+        calls = []
+        monkeypatch.setattr(grpo, "highest", lambda value: value + more)
+        monkeypatch.setattr(grpo, "logprobs_and_entropy", lambda *args: calls.append(args) or logprobs_and_entropy(*args))
+        grpo.accumulate(model, model, rollout, [0], GRPOConfig(token_budget=10_000))
+        results.append([p.grad for p in model.parameters()])
+        assert len(calls) == 1 + more
+    assert all(torch.equal(a, b) for a, b in zip(*results))
