@@ -1,10 +1,12 @@
 """Speed and memory beside what one would use instead, both sides in one run: prints ratios, asserts nothing.
 
-    python tests/bench.py rollout|load [--model DIR] [--repeats 5] [--threads 2]
+    python tests/bench.py rollout|load|step [--model DIR] [--repeats 5] [--threads 2]
     python tests/bench.py eval --model DIR --data tombench/data [--items 200] [--new 128] [--repeats 1]
 
 `rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
-transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. `eval` answers the items of a
+transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. `step` is a whole step of GRPO on
+such a rollout: sampling, reference (beta .04), update with AdamW, in fp32, with activation checkpointing and without, beside TRL's
+GRPOTrainer (to be installed too). `eval` answers the items of a
 benchmark greedily, with evaluate and with transformers' generate in batches of 16, padded left and sorted by length. Without --model the
 model is Qwen3-shaped with random weights: width 512, 8 layers, vocabulary 32000, 42M parameters. Sides take turns; times are
 medians; memory is the peak of a process of its own.
@@ -25,6 +27,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as ours  # noqa: E402
 from eval import evaluate, read_benchmark, spread  # noqa: E402
+from grpo import GRPOConfig, Rollout, Run, group_advantages, load_policies, update  # noqa: E402
+from rewards import RewardConfig  # noqa: E402
 from socialr1 import build_messages  # noqa: E402
 
 P, G, PROMPT, NEW = 4, 5, 256, 128
@@ -157,14 +161,87 @@ def rollout(folder: Path, repeats: int) -> None:
             f"ratio {other / mine:.2f}   ours reaches {best / mine:.0%} of the machine's limit"
         )
     for side in (Ours, Theirs):
-        print(f"  peak memory {side.name}: {in_a_process('sample_peak', side, folder) / 2**20:.0f} MiB")
+        print(f"  peak memory {side.name}: {in_a_process('sample_peak', side.__name__, str(folder)) / 2**20:.0f} MiB")
 
 
 def load(folder: Path, repeats: int) -> None:
     for side in (Ours, Theirs):
-        runs = [in_a_process("load_peak", side, folder) for _ in range(repeats)]
+        runs = [in_a_process("load_peak", side.__name__, str(folder)) for _ in range(repeats)]
         took, over, weights = (statistics.median(column) for column in zip(*runs))
         print(f"  {side.name:12} {took:.2f} s, peak {over / 2**20:.0f} MiB over the start = {over / weights:.2f} x the weights in fp32")
+
+
+def our_steps(folder: Path, recompute: bool, count: int) -> list[float]:
+    """Seconds of each of `count` steps on prompts and rewards of random numbers, so that the answer's text does not matter."""
+    config = GRPOConfig(prompts=P, group_size=G, max_new_tokens=NEW, recompute=recompute)
+    model, reference, optimizer = load_policies(Run(folder, Path(), (), "en", "cpu", config, RewardConfig()), None)
+    generator, times = np.random.default_rng(0), []
+
+    def step(seed: int) -> None:
+        prompts = generator.integers(0, model.config.vocab_size - 1, (P, PROMPT)).tolist()
+        groups = ours.generate(model, prompts, G, NEW, seed=seed)
+        advantages = group_advantages(torch.from_numpy(generator.random((P, G))).float())
+        update(model, reference, optimizer, Rollout(prompts, groups, advantages), config)
+
+    for seed in range(count):
+        times.append(seconds(lambda: step(seed)))
+    return times
+
+
+def their_steps(folder: Path, recompute: bool, count: int) -> list[float]:
+    """The same with TRL: words w0 w1 ... for prompts, one token each; completions of full length."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import GRPOConfig as Settings, GRPOTrainer
+
+    size = ours.read_config(folder).vocab_size
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{size - 1}", pad_token="w0", padding_side="left")
+    generator, times = np.random.default_rng(0), []
+    rows = generator.integers(1, size - 1, (P * count, PROMPT))
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter() - self.start)
+
+    def reward(completions, **kwargs) -> list[float]:
+        return generator.random(len(completions)).tolist()
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = Settings(
+            output_dir=out, max_steps=count, per_device_train_batch_size=P * G, num_generations=G, max_completion_length=NEW, beta=0.04,
+            learning_rate=5e-7, use_cpu=True, bf16=False, gradient_checkpointing=recompute, report_to="none", save_strategy="no",
+            disable_tqdm=True, logging_strategy="no", generation_kwargs={"min_new_tokens": NEW}, model_init_kwargs={"dtype": "float32"},
+        )  # fmt: skip
+        data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in rows]})
+        trainer = GRPOTrainer(str(folder), reward, settings, data, processing_class=tokenizer, callbacks=[Clock()])
+        trainer.train()
+    return times
+
+
+def step_peak(steps: str, folder: str, recompute: bool, count: int) -> tuple[list[float], int]:
+    times = globals()[steps](Path(folder), recompute, count)
+    return times, high_water()
+
+
+def step(folder: Path, repeats: int) -> None:
+    print(f"{folder}: one step of GRPO on {P} prompts of {PROMPT} x {G} completions of {NEW}, {torch.get_num_threads()} threads")
+    for recompute in (True, False):
+        found = {}
+        for side in ("our_steps", "their_steps"):
+            times, peak = in_a_process("step_peak", side, str(folder), recompute, repeats + 1)
+            found[side] = statistics.median(times[1:]), peak  # the first turn warms up
+        (mine, my_peak), (other, other_peak) = found.values()
+        print(
+            f"  checkpointing {'on ' if recompute else 'off'}  ours {mine:.1f} s, peak {my_peak / 2**20:.0f} MiB   TRL {other:.1f} s, "
+            f"{other_peak / 2**20:.0f} MiB   {other / mine:.2f} x the steps per second, {my_peak / other_peak:.2f} x the memory",
+            flush=True,
+        )
 
 
 def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
@@ -204,11 +281,11 @@ def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, bat
 # ---------------------------------------------------------------------------------------------------- in processes of their own
 
 
-def in_a_process(function: str, side: type, folder: Path):
-    """What `function(side, folder)` of this file returns in a new process."""
+def in_a_process(function: str, *arguments):
+    """What `function(*arguments)` of this file returns in a new process."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; torch.set_num_threads({torch.get_num_threads()}); "
-    code += f"print(bench.{function}(bench.{side.__name__}, {str(folder)!r}))"
-    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    code += f"print(bench.{function}(*{arguments!r}))"
+    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     return ast.literal_eval(lines[-1])
 
 
@@ -218,26 +295,26 @@ def high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-def sample_peak(side: type, folder: str) -> int:
+def sample_peak(side: str, folder: str) -> int:
     prompts = np.random.default_rng(0).integers(0, 1000, (P, PROMPT)).tolist()
-    side(Path(folder)).sample(prompts, np.full((P, G), NEW))
+    globals()[side](Path(folder)).sample(prompts, np.full((P, G), NEW))
     return high_water()
 
 
-def load_peak(side: type, folder: str) -> tuple[float, int, int]:
+def load_peak(side: str, folder: str) -> tuple[float, int, int]:
     """Seconds, bytes over the start, bytes of weights; a tiny model is loaded first, so that libraries do not count."""
     with tempfile.TemporaryDirectory() as small:
         tiny = RAW | dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
         ours.save_model(ours.Transformer(ours.ModelConfig.from_json(tiny)), small)
-        side(Path(small))
+        globals()[side](Path(small))
     before, start = high_water(), time.perf_counter()
-    model = side(Path(folder)).model
+    model = globals()[side](Path(folder)).model
     return time.perf_counter() - start, high_water() - before, sum(p.nbytes for p in model.parameters())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rollout", "load", "eval"])
+    parser.add_argument("what", choices=["rollout", "load", "step", "eval"])
     parser.add_argument("--model", type=Path, help="checkpoint folder; default: random weights, 42M parameters")
     parser.add_argument("--data", type=Path, help="eval: benchmark files")
     parser.add_argument("--items", type=int, default=200, help="eval: so many, evenly spread")
@@ -259,7 +336,7 @@ def main() -> None:
         if args.what == "eval":
             evaluation(args.model, args.data, args.items, args.new, args.repeats or 1)
         else:
-            {"rollout": rollout, "load": load}[args.what](args.model, args.repeats or 5)
+            {"rollout": rollout, "load": load, "step": step}[args.what](args.model, args.repeats or 5)
 
 
 if __name__ == "__main__":
