@@ -6,10 +6,9 @@
 `rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
 transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. `step` is a whole step of GRPO on
 such a rollout: sampling, reference (beta .04), update with AdamW, in fp32, with activation checkpointing and without, beside TRL's
-GRPOTrainer (to be installed too). `eval` answers the items of a
-benchmark greedily, with evaluate and with transformers' generate in batches of 16, padded left and sorted by length. Without --model the
-model is Qwen3-shaped with random weights: width 512, 8 layers, vocabulary 32000, 42M parameters. Sides take turns; times are
-medians; memory is the peak of a process of its own.
+GRPOTrainer (to be installed too). `eval` answers the items of a benchmark greedily, with evaluate and with transformers' generate in
+batches of 16, padded left and sorted by length. Without --model the model is Qwen3-shaped with random weights: width 512, 8 layers,
+vocabulary 32000, 42M parameters. Sides take turns; times are medians; memory is the peak of a process of its own.
 """
 import argparse
 import ast
@@ -171,9 +170,9 @@ def load(folder: Path, repeats: int) -> None:
         print(f"  {side.name:12} {took:.2f} s, peak {over / 2**20:.0f} MiB over the start = {over / weights:.2f} x the weights in fp32")
 
 
-def our_steps(folder: Path, recompute: bool, count: int) -> list[float]:
+def our_steps(folder: Path, recompute: bool, token_budget: int, count: int) -> list[float]:
     """Seconds of each of `count` steps on prompts and rewards of random numbers, so that the answer's text does not matter."""
-    config = GRPOConfig(prompts=P, group_size=G, max_new_tokens=NEW, recompute=recompute)
+    config = GRPOConfig(prompts=P, group_size=G, max_new_tokens=NEW, recompute=recompute, token_budget=token_budget)
     model, reference, optimizer = load_policies(Run(folder, Path(), (), "en", "cpu", config, RewardConfig()), None)
     generator, times = np.random.default_rng(0), []
 
@@ -188,8 +187,8 @@ def our_steps(folder: Path, recompute: bool, count: int) -> list[float]:
     return times
 
 
-def their_steps(folder: Path, recompute: bool, count: int) -> list[float]:
-    """The same with TRL: words w0 w1 ... for prompts, one token each; completions of full length."""
+def their_steps(folder: Path, recompute: bool, rows: int, count: int) -> list[float]:
+    """The same with TRL, `rows` completions in a micro-batch: words w0 w1 ... for prompts, one token each; completions of full length."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -200,7 +199,7 @@ def their_steps(folder: Path, recompute: bool, count: int) -> list[float]:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{size - 1}", pad_token="w0", padding_side="left")
     generator, times = np.random.default_rng(0), []
-    rows = generator.integers(1, size - 1, (P * count, PROMPT))
+    prompts = generator.integers(1, size - 1, (P * count, PROMPT))
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -214,34 +213,35 @@ def their_steps(folder: Path, recompute: bool, count: int) -> list[float]:
 
     with tempfile.TemporaryDirectory() as out:
         settings = Settings(
-            output_dir=out, max_steps=count, per_device_train_batch_size=P * G, num_generations=G, max_completion_length=NEW, beta=0.04,
-            learning_rate=5e-7, use_cpu=True, bf16=False, gradient_checkpointing=recompute, report_to="none", save_strategy="no",
-            disable_tqdm=True, logging_strategy="no", generation_kwargs={"min_new_tokens": NEW}, model_init_kwargs={"dtype": "float32"},
+            output_dir=out, max_steps=count, per_device_train_batch_size=rows, gradient_accumulation_steps=P * G // rows, num_generations=G,
+            max_completion_length=NEW, beta=0.04, learning_rate=5e-7, use_cpu=True, bf16=False, gradient_checkpointing=recompute,
+            report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no", generation_kwargs={"min_new_tokens": NEW},
+            model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
-        data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in rows]})
+        data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in prompts]})
         trainer = GRPOTrainer(str(folder), reward, settings, data, processing_class=tokenizer, callbacks=[Clock()])
         trainer.train()
     return times
 
 
-def step_peak(steps: str, folder: str, recompute: bool, count: int) -> tuple[list[float], int]:
-    times = globals()[steps](Path(folder), recompute, count)
-    return times, high_water()
+def step_peak(steps: str, folder: str, *settings) -> tuple[list[float], int]:
+    return globals()[steps](Path(folder), *settings), high_water()
 
 
 def step(folder: Path, repeats: int) -> None:
     print(f"{folder}: one step of GRPO on {P} prompts of {PROMPT} x {G} completions of {NEW}, {torch.get_num_threads()} threads")
-    for recompute in (True, False):
-        found = {}
-        for side in ("our_steps", "their_steps"):
-            times, peak = in_a_process("step_peak", side, str(folder), recompute, repeats + 1)
-            found[side] = statistics.median(times[1:]), peak  # the first turn warms up
-        (mine, my_peak), (other, other_peak) = found.values()
-        print(
-            f"  checkpointing {'on ' if recompute else 'off'}  ours {mine:.1f} s, peak {my_peak / 2**20:.0f} MiB   TRL {other:.1f} s, "
-            f"{other_peak / 2**20:.0f} MiB   {other / mine:.2f} x the steps per second, {my_peak / other_peak:.2f} x the memory",
-            flush=True,
-        )
+    ours_with = {"checkpointing": (True, 8192), "checkpointing, --token-budget 512": (True, 512), "no checkpointing": (False, 8192)}
+    theirs_with = {"checkpointing": (True, P * G), "checkpointing, 4 micro-batches": (True, G), "no checkpointing": (False, P * G)}
+    found = {}
+    for side, settings in (("their_steps", theirs_with), ("our_steps", ours_with)):
+        for label, values in settings.items():
+            times, peak = in_a_process("step_peak", side, str(folder), *values, repeats + 1)
+            found[side, label] = statistics.median(times[1:]), peak  # the first step warms up
+            print(f"  {'TRL ' if side == 'their_steps' else 'ours'} {label:33} {found[side, label][0]:5.1f} s   {peak / 2**20:5.0f} MiB", flush=True)
+    for label in ours_with:
+        for other in theirs_with:
+            (mine, my_peak), (its, its_peak) = found["our_steps", label], found["their_steps", other]
+            print(f"  ours {label:33} beside TRL {other:30}   {its / mine:.2f} x the steps per second, {my_peak / its_peak:.2f} x the memory")
 
 
 def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="eval: benchmark files")
     parser.add_argument("--items", type=int, default=200, help="eval: so many, evenly spread")
     parser.add_argument("--new", type=int, default=128, help="eval: new tokens at most")
-    parser.add_argument("--repeats", type=int, help="turns of each side (5; eval 1)")
+    parser.add_argument("--repeats", type=int, help="turns of each side (5; step 3; eval 1)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.what == "eval" and not (args.model and args.data):
@@ -335,8 +335,10 @@ def main() -> None:
             write_random_model(args.model)
         if args.what == "eval":
             evaluation(args.model, args.data, args.items, args.new, args.repeats or 1)
+        elif args.what == "step":
+            step(args.model, args.repeats or 3)
         else:
-            {"rollout": rollout, "load": load, "step": step}[args.what](args.model, args.repeats or 5)
+            {"rollout": rollout, "load": load}[args.what](args.model, args.repeats or 5)
 
 
 if __name__ == "__main__":
