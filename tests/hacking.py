@@ -9,8 +9,6 @@ from that policy (temperature 1). The same table, with gold traces as the honest
 import argparse
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

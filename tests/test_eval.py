@@ -1,14 +1,13 @@
 """Readers on rows written for these tests in the benchmarks' formats (shared/data/FORMATS.md), and the measures by hand."""
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import eval
 from eval import (
-    bootstrap, compare_rows, contamination, contamination_note, count_together, evaluate, interval, measure, read_benchmark,
+    bootstrap, compare_rows, contamination, contamination_note, evaluate, interval, measure, read_benchmark,
     read_files, report_page, summarise, table, table_rows,
 )  # fmt: skip
 from model import Tokenizer, generate, load_model

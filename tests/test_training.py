@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import grpo
 from grpo import GRPOConfig, Rollout, Run, checkpoints, grpo_loss, last_whole, memory_plan, train, update
-from model import ChunkedLogProbs, Completion, ModelConfig, Transformer, generate, load_model, logprobs_and_entropy
-from rewards import Reward, RewardConfig
+from model import ChunkedLogProbs, Completion, ModelConfig, Transformer, generate, logprobs_and_entropy
+from rewards import RewardConfig
 from socialr1 import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
