@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from model import ModelConfig, Tokenizer, Transformer, check_device, generate, load_model, read_json, waves
 from rewards import (
-    ContentModel, distinct_share, early_options, load_content_model, logistic, mean, option_mentions, stage_order, total_reward,
+    ContentModel, distinct_share, early_options, load_content_model, logistic, mean, option_mentions, repetitions, stage_order, total_reward,
 )  # fmt: skip
 from socialr1 import (
     LETTERS, STAGES, TINY, Parser, Problem, build_messages, exit_on_error, generate_problems, parse_response, read_rows, stage_spans,
@@ -110,6 +110,9 @@ def tactfultom(row: dict, lang: str) -> Items:
             if kind == "belief" and not any(option.startswith(about) for option in item["options"]):
                 item["left_out"] = "asks about one person, and all options speak of another"
             yield item
+    for name in ("comprehensionQA", *(f"{kind}{form}" for kind in ("infoAccessibilityQA", "answerabilityQA", "liedetectabilityQA") for form in ("s_binary", "_list", "s_list"))):
+        for _ in row.get(_key(name), ()):
+            yield dict(left_out="yes/no, or a list of names: no options to choose from")
 
 
 def simpletom(row: dict, lang: str) -> Items:
@@ -121,7 +124,7 @@ def simpletom(row: dict, lang: str) -> Items:
     yield item | dict(ability=kind, kind=kind, id=row["id"])
 
 
-# Everything else has a column for each part: ToMBench, ToMBench-Hard, SocialIQA and our own JSONL; the wanted language's come first.
+# Everything else has a column for each part: ToMBench, ToMBench-Hard, SocialIQA and our own files; the wanted language's come first.
 _STORY = {"en": ("story", "context"), "zh": ("故事",)}
 _QUESTION = {"en": ("question",), "zh": ("问题",)}
 _OPTION = {"en": ("option{}", "choice{}", "answer{}", "{}"), "zh": ("选项{}",)}
@@ -136,10 +139,14 @@ def by_columns(row: dict, lang: str) -> Items:
         lang, other = other, lang
     item = dict(story=_find(row, _STORY[lang]), question=_find(row, _QUESTION[lang]), options=_options(row, lang), answer=_find(row, _ANSWER))
     item["ability"] = _text(_find(row, _ABILITY)).partition(":")[0].strip().lower()  # "Belief: Second-order beliefs" is belief
-    item |= {name: _text(row[name]) for name in ("source", "id", "variant") if _text(row.get(name))}
     if lang == "en" and row.keys() & {*_STORY["zh"]} and len(item["options"]) != len(_options(row, other)):
         item["left_out"] = "its English question belongs to another story"
     yield item
+
+
+def our_own(row: dict, lang: str) -> Items:
+    for item in by_columns(row, lang):
+        yield item | {name: _text(row[name]) for name in ("source", "id", "variant") if _text(row.get(name))}
 
 
 @dataclass(frozen=True)
@@ -167,17 +174,18 @@ READERS = (
 
 def _recognise(file: Path, columns: set[str]) -> tuple[Reader | None, list[str]]:
     """The reader of a file with these columns; or None, and the parts of a problem that no column holds."""
-    for reader in READERS:
-        if reader.columns <= columns:
-            return reader, []
-    options = (pattern.format("a") for patterns in _OPTION.values() for pattern in patterns)
-    parts = {
-        "story": (*_STORY["en"], *_STORY["zh"]), "question": (*_QUESTION["en"], *_QUESTION["zh"]),
-        "options": (*_OPTION_LIST, *options), "answer": _ANSWER,
+    hard = file.suffix.lower() == ".csv"  # no other benchmark with a column for each part comes as CSV
+    reader = next((reader for reader in READERS if reader.columns <= columns), Reader("problems", set(), our_own))
+    if reader.items not in (by_columns, our_own):
+        return reader, []
+    patterns = (pattern for some in _OPTION.values() for pattern in some)
+    held = {
+        "story": columns & {*_STORY["en"], *_STORY["zh"]}, "question": columns & {*_QUESTION["en"], *_QUESTION["zh"]},
+        "options": columns & set(_OPTION_LIST) or any({pattern.format(letter) for letter in "abcd"[: 4 if hard else 1]} <= columns for pattern in patterns),
+        "answer": columns & set(_ANSWER),
     }  # fmt: skip
-    missing = [part for part, names in parts.items() if not columns & set(names)]
-    name = "tombench-hard" if file.suffix.lower() == ".csv" else "problems"
-    return (None if missing else Reader(name, set(), by_columns)), missing
+    missing = [part for part, columns in held.items() if not columns]
+    return (None if missing else Reader("tombench-hard", set(), by_columns) if hard else reader), missing
 
 
 def _key(name: str) -> str:
@@ -186,7 +194,7 @@ def _key(name: str) -> str:
 
 def _text(value: object) -> str:
     """A cell as stripped text; "" for what is missing: None, NaN, an empty cell."""
-    if value is None or isinstance(value, float) and math.isnan(value) or value == "nan":
+    if value is None or isinstance(value, float) and math.isnan(value) or value in ("nan", "NaN"):
         return ""
     return str(value).strip()
 
@@ -214,7 +222,7 @@ def _options(row: dict, lang: str) -> list:
     return texts
 
 
-_MARK = r"\s*[.:：．、)]\s*(?=\S)"  # between an option's letter and its text
+_MARK = r"\s*[.:：．、)]\s*(?=\S)(?![A-Z]\.)"  # between an option's letter and its text; "A.I. is clever" has no letter
 
 
 def _split_letters(options: Sequence[object]) -> list[str]:
@@ -242,6 +250,8 @@ def _letter(answer: object, options: list[str], first_index: int) -> str:
 def _problem(item: dict, reader: Reader, file: Path, number: int, first_index: int) -> tuple[Problem, list[str]]:
     """An item as a problem, and what had to be repaired."""
     options = _split_letters(item["options"])
+    if len(options) < 2:
+        raise ValueError(f"a problem needs 2 to 26 options, got {len(options)}")
     if "" in options:
         raise ValueError(f"option {LETTERS[options.index('')]} is empty")
     letter = _letter(item["answer"], options, first_index)
@@ -299,7 +309,7 @@ def _read_file(file: Path, lang: str, rows: list[tuple[int, dict]], reader: Read
             raise ValueError(f"{file}:{number}: {error}") from None
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{file}:{number}: not a row of {reader.name}: {type(error).__name__} {error}") from None
-    return problems, [f"{file}: {len(numbers)} {note} ({_first(numbers)})" for note, numbers in notes.items()]
+    return problems, [f"{file}: {len(numbers)} {note} ({_first(list(dict.fromkeys(numbers)))})" for note, numbers in notes.items()]
 
 
 def _first(numbers: list[int]) -> str:
@@ -322,7 +332,9 @@ def read_files(path: str | Path, name: str | None = None, lang: str = "en") -> t
         raw = _with_labels(file, list(read_rows(file)))
         rows = [(number, {_key(key): value for key, value in row.items()}) for number, row in raw]
         reader, missing = _recognise(file, {key for _, row in rows[:1] for key in row})
-        if reader:
+        if reader and folder and reader.name == "socialiqa" and re.search("train|trn", file.stem.lower()):
+            notes.append(f"{file}: left out: the training split; name the file to read it")
+        elif reader:
             reader = replace(reader, name=name or reader.name)
             found, remarks = _read_file(file, lang, rows, reader)
             names, problems, notes = names | {reader.name}, problems + found, notes + remarks
@@ -352,6 +364,14 @@ def spread(items: list, count: int) -> list:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def spread_problems(problems: list[Problem], count: int) -> list[Problem]:
+    """About `count` of the problems, evenly spread; those that only count together stay together."""
+    groups: dict[object, list[Problem]] = defaultdict(list)
+    for place, problem in enumerate(problems):
+        groups[(problem.source, problem.joint) if problem.joint else place].append(problem)
+    return list(itertools.chain(*spread(list(groups.values()), -(-count * len(groups) // max(len(problems), 1)))))
+
+
 # ------------------------------------------------------------------------------------------------------------ evaluation
 
 
@@ -372,30 +392,29 @@ def evaluate(
 ) -> dict:
     """Answer every problem `samples` times (temperature 0: greedy) -> what `summarise` says of the records of `measure`.
 
-    `label` names a progress bar. Responses are appended to the file `journal` as they come: called again after an interruption,
-    the evaluation goes on behind them. ValueError: a journal of other settings, a problem too long for the model's context.
+    `label` names a progress bar. Responses are appended to the file `journal` as they come: called again after an interruption, the
+    evaluation asks only for what is not there. ValueError: a journal of other settings, a problem too long for the model's context.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
     max_new_tokens = max_new_tokens or tokenizer.max_new_tokens
     prompts = check_lengths(model.config, tokenizer, problems, max_new_tokens, thinking)
-    settings = dict(samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, token_budget=token_budget)
-    done = _open_journal(journal, settings | {"model": _fingerprint(model), "prompts": _digest(prompts)}) if journal else []
+    settings = dict(samples=samples, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+    done = _open_journal(journal, settings | {"model": _fingerprint(model), "stop_ids": list(tokenizer.stop_ids)}) if journal else {}
     prefix = tokenizer.think_prefix(thinking)
-    answers: dict[tuple[int, ...], list[tuple[str, int]]] = {}  # prompt -> text and number of tokens of each sample
-    with tqdm(total=len(set(map(tuple, prompts))), desc=label, unit="prompt", disable=label is None, leave=False) as bar:
-        for number, wave in enumerate(waves(prompts, samples, max_new_tokens, token_budget)):  # longest first
-            if number < len(done):
-                texts = done[number]
-            else:
-                groups = generate(model, wave, samples, max_new_tokens, temperature, top_p, 0, tokenizer.stop_ids, seed, token_budget)
-                texts = [[(prefix + tokenizer.decode(c.tokens), len(c.tokens)) for c in group] for group in groups]
-                if journal:
-                    with open(journal, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(texts) + "\n")
-            answers |= zip(wave, texts)
+    names = {tuple(prompt): _digest(prompt) for prompt in prompts}
+    missing = [prompt for prompt, name in names.items() if name not in done]
+    with tqdm(total=len(names), initial=len(names) - len(missing), desc=label, unit="prompt", disable=label is None, leave=False) as bar:
+        for wave in waves(missing, samples, max_new_tokens, token_budget):  # longest first
+            groups = generate(model, wave, samples, max_new_tokens, temperature, top_p, 0, tokenizer.stop_ids, seed, token_budget)
+            texts = {names[prompt]: [(prefix + tokenizer.decode(c.tokens), len(c.tokens)) for c in group] for prompt, group in zip(wave, groups)}
+            if journal:
+                with open(journal, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in texts.items())
+            done |= texts
             bar.update(len(wave))
-    asked = [(i, problem, k, *answers[tuple(prompts[i])][k]) for i, problem in enumerate(problems) for k in range(samples)]
+    answers = [done[names[tuple(prompt)]] for prompt in prompts]  # text and number of tokens of each sample
+    asked = [(i, problem, k, *answers[i][k]) for i, problem in enumerate(problems) for k in range(samples)]
     records = [measure(problem, text, length) | {"item": i, "sample": k} for i, problem, k, text, length in asked]
     if content:
         responses = [(problem, parse_response(text, problem).stages) for _, problem, _, text, _ in asked]
@@ -424,23 +443,24 @@ def _digest(value: object) -> str:
 
 
 def _fingerprint(model: Transformer) -> str:
-    """Changes with every update of any weight."""
-    return _digest([[p.double().sum().item(), p.double().square().sum().item()] for p in model.parameters()])
+    """Changes with every update of any weight, and with the dtype."""
+    return _digest([[str(p.dtype), p.double().sum().item(), p.double().square().sum().item()] for p in model.parameters()])
 
 
-def _open_journal(journal: Path, settings: dict) -> list[list[list[tuple[str, int]]]]:
-    """The waves that a journal holds already: a first line with the settings, then a line for each wave. A torn last line is cut off."""
+def _open_journal(journal: Path, settings: dict) -> dict[str, list[tuple[str, int]]]:
+    """The samples that a journal holds already, by prompt: a first line with the settings, then a line for each prompt. A torn last line is cut off."""
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
     try:
         then, *done = map(json.loads, whole) if whole else [settings]
-    except ValueError:
+        texts = {name: [(text + "", length + 0) for text, length in samples] for name, samples in done}
+    except (ValueError, TypeError):
         raise ValueError(f"{journal}: not the journal of an evaluation; delete it, or choose another --json") from None
-    if then != settings:
+    if then != settings or any(len(samples) != settings["samples"] for samples in texts.values()):
         changed = ", ".join(key for key in settings if not isinstance(then, dict) or then.get(key) != settings[key])
-        raise ValueError(f"{journal} holds an interrupted evaluation with other {changed}: delete it, or choose another --json")
-    write_text(journal, "".join(json.dumps(line) + "\n" for line in (settings, *done)))
-    return done
+        raise ValueError(f"{journal} holds an interrupted evaluation with other {changed or 'samples'}: delete it, or choose another --json")
+    write_text(journal, "".join(json.dumps(line) + "\n" for line in (settings, *texts.items())))
+    return texts
 
 
 def measure(problem: Problem, text: str, length: int) -> dict:
@@ -459,7 +479,8 @@ def measure(problem: Problem, text: str, length: int) -> dict:
         "gold": problem.answer,
         "answer": response.answer,
         "correct": response.answer == problem.answer,
-        "parsed": response.well_formed,
+        "parsed": response.answer is not None,
+        "well_formed": response.well_formed,
         "coverage": len(response.stages) / len(STAGES),
         "order": stage_order(response),
         "stage_order": tuple(name for name, _ in response.stages) == STAGES,
@@ -471,7 +492,7 @@ def measure(problem: Problem, text: str, length: int) -> dict:
     }
 
 
-PROCESS = ("parsed", "coverage", "order", "stage_order", "option_early", "first_option", "repetition", "length")
+PROCESS = ("parsed", "well_formed", "coverage", "order", "stage_order", "option_early", "first_option", "repetition", "length")
 
 
 @dataclass(frozen=True)
@@ -512,10 +533,10 @@ def normalise(story: str) -> str:
 
 def bootstrap(stories: Sequence[str], values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000) -> np.ndarray:
     """Weighted means of `values` in `draws` samples of the stories, with replacement; the same samples for the same stories."""
-    _, where = np.unique(stories, return_inverse=True)
+    names, where = np.unique(stories, return_inverse=True)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
     sums, counts = np.bincount(where, weights * np.asarray(values, dtype=float)), np.bincount(where, weights)
-    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
+    drawn = np.random.default_rng(int(_digest(names.tolist()), 16)).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=draws)
     with np.errstate(invalid="ignore"):  # a sample without any weight has no mean
         return (drawn @ sums) / (drawn @ counts)
 
@@ -633,53 +654,81 @@ def process_rows(result: dict) -> list[list[str]]:
 
 
 def read_result(path: Path) -> dict:
-    """What --json wrote, or grpo.py's before.json and after.json (all of their parts)."""
+    """What --json wrote, or grpo.py's before.json and after.json (all of their parts); measured anew from the responses."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a result of eval.py --json")
     value = read_json(path)
-    parts = [value] if "responses" in value else list(value.values())
     try:
-        return summarise([record for part in parts for record in part["responses"]])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        parts = [value["responses"]] if "responses" in value else [part["responses"] for part in value.values()]
+        records = [_record(record) | {"item": (number, record.get("item", i))} for number, part in enumerate(parts) for i, record in enumerate(part)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a result of eval.py --json: {type(error).__name__} {error}") from None
+    if not records:
+        raise ValueError(f"{path}: no responses in it")
+    return summarise(records)
 
 
-def _matched(a: dict, b: dict) -> list[tuple[Scored, Scored]]:
-    """What both results have, in the order of the first; equal names (a source, an id) are told apart by their turn."""
+def _record(stored: dict) -> dict:
+    """A record of `measure` from one that was stored; KeyError, TypeError and ValueError say what does not fit."""
+    texts = [stored[name] for name in ("story", "question", "gold", "ability", "source", "id", "variant", "joint", "text")]
+    content, length = stored.get("content"), stored["length"]
+    if not all(isinstance(text, str) for text in (*texts, *stored["options"])) or type(length) is not int:
+        raise TypeError(f"a response with other than texts, or with length {length!r}")
+    record = measure(_asked(stored), stored["text"], length) | {"sample": int(stored.get("sample", 0))}
+    return record | ({"content": {stage: float(score) for stage, score in content.items()}} if content is not None else {})
+
+
+def _asked(record: dict) -> Problem:
+    """The problem of a record."""
+    names = ("story", "question", "options", "gold", "ability", "source", "id", "variant", "joint")
+    return Problem(*(record[name] for name in names))
+
+
+def _matched(a: dict, b: dict) -> tuple[list[tuple[Scored, Scored]], list[int]]:
+    """What both results have, in the order of the first, and how many of each stay alone; equal names are told apart by their turn."""
 
     def named(result: dict) -> dict[tuple, Scored]:
         turns, found = Counter(), {}
         for one in count_together(result["responses"]):
-            name = one["source"], one["id"], one["variant"], one["question"]
+            questions = tuple(dict.fromkeys(record["question"] for record in one.records))
+            name = one["source"], one["id"], one["variant"], questions
             found[*name, turns[name]] = one
             turns[name] += 1
         return found
 
     ours, theirs = named(a), named(b)
-    return [(one, theirs[name]) for name, one in ours.items() if name in theirs]
+    pairs = [(one, theirs[name]) for name, one in ours.items() if name in theirs]
+    return pairs, [len(ours) - len(pairs), len(theirs) - len(pairs)]
 
 
 def compare_rows(a: dict, b: dict, names: tuple[str, str]) -> list[list[str]]:
     """Paired differences b - a on the problems that both answered, with 95% intervals."""
-    pairs = _matched(a, b)
+    pairs, alone = _matched(a, b)
     if not pairs:
         raise ValueError(f"{names[0]} and {names[1]} have no problem in common")
+    Paired = tuple[float, float, float, np.ndarray]  # mean before, after, of the differences, and of these in bootstrap draws
 
-    def row(label: str, some: list[tuple[Scored, Scored]], value: Callable[[Scored], float], length: bool = False) -> list[str]:
+    def paired(some: list[tuple[Scored, Scored]], value: Callable[[Scored], float] = lambda one: one.correct) -> Paired:
         before, after = ([value(pair[side]) for pair in some] for side in (0, 1))
         changes = [y - x for x, y in zip(before, after)]
-        span = interval(bootstrap([one.story for one, _ in some], changes))
-        return [label, str(len(some)), _cell(mean(before), length=length), _cell(mean(after), length=length), _cell(mean(changes), span, length)]
+        return mean(before), mean(after), mean(changes), bootstrap([one.story for one, _ in some], changes)
 
-    def correct(one: Scored) -> float:
-        return one.correct
+    def row(label: str, count: int, found: Paired, length: bool = False) -> list[str]:
+        *means, change, draws = found
+        return [label, str(count), *(_cell(value, length=length) for value in means), _cell(change, interval(draws), length)]
 
-    rows = [["", "n", *names, "difference [95%]"], row("accuracy", pairs, correct)]
-    for key, title in (("source", "  {}"), ("ability", "  {}"), ("variant", "  {}")):
-        values = sorted({one[key] for one, _ in pairs} - {""})
-        rows += [row(title.format(value), [pair for pair in pairs if pair[0][key] == value], correct) for value in values if len(values) > 1]
+    rows = [["", "n", *names, "difference [95%]"], row("accuracy", len(pairs), paired(pairs))]
+    keys = dict(benchmark=lambda one: one["source"].partition("/")[0], file=lambda one: one["source"], ability=lambda one: one["ability"], variant=lambda one: one["variant"])
+    for key, of in keys.items():
+        parts = {value: [pair for pair in pairs if of(pair[0]) == value] for value in sorted({of(one) for one, _ in pairs} - {""})}
+        found = {value: paired(some) for value, some in parts.items()} if len(parts) > 1 else {}
+        if found and key == "benchmark":
+            rows.append(row("  mean of benchmarks", len(pairs), tuple(sum(part) / len(part) for part in zip(*found.values()))))
+        rows += [row(f"  {value}", len(parts[value]), some) for value, some in found.items()]
     for key in PROCESS:
         if key != "first_option":  # not every response has one
-            rows.append(row(key.replace("_", " "), pairs, lambda one: mean([record[key] for record in one.records]), key == "length"))
-    return rows
+            rows.append(row(key.replace("_", " "), len(pairs), paired(pairs, lambda one: mean([record[key] for record in one.records])), key == "length"))
+    return rows + ([["in one of them only", "", *map(str, alone), ""]] if any(alone) else [])
 
 
 def contamination(training: list[Problem], evaluation: list[Problem]) -> list[Problem]:
@@ -707,7 +756,7 @@ def report_page(results: dict[str, dict], tables: list[list[list[str]]], limit: 
     `results` by name: one, or two of the same problems (before and after). All text is escaped: what a model wrote stays text.
     """
     first, *others = results.values()
-    matched = _matched(first, others[0]) if others else [(one,) for one in count_together(first["responses"])]
+    matched = _matched(first, others[0])[0] if others else [(one,) for one in count_together(first["responses"])]
     shown = spread(matched, limit)
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(" and ".join(results)),
@@ -739,43 +788,31 @@ def _html_problem(sides: tuple[Scored, ...], names: list[str]) -> str:
 
 def _html_trajectory(name: str, record: dict) -> str:
     """Stages in their colours, early option names and repetitions marked, the reward's terms on top."""
-    problem = Problem(record["story"], record["question"], record["options"], record["gold"])
+    problem, content = _asked(record), record.get("content")
     response = parse_response(record["text"], problem)
-    reward = total_reward(response, problem, record["length"], content=mean(list(record["content"].values())) if "content" in record else None)
+    reward = total_reward(response, problem, record["length"], content=mean(list(content.values())) if content is not None else None)
     terms = {"R": reward.total} | {key: value for key, value in reward.parts.items() if key != "tau" and value is not None}
-    badges = "".join(f"<span>{key} {value:.2f}</span>" for key, value in terms.items()) + f"<span>{record['length']} tokens</span>"
-    passages = []
-    for stage, start, end in stage_spans(response.think):
-        if text := response.think[start:end].strip():
-            early = option_mentions(text, problem) if stage != STAGES[-1] else []
-            number = STAGES.index(stage) + 1 if stage else 0
-            passages.append(f'<section class="s{number}"><h4>{stage or "before the first stage"}</h4>{_marked(text, early)}</section>')
-    body = "".join(passages) if response.well_formed else f"<p>not well-formed:</p><pre>{html.escape(record['text'])}</pre>" + "".join(passages)
-    answer = f"answer {record['answer'] or 'unreadable'}, {'right' if record['correct'] else 'wrong: ' + record['gold']}"
-    return f"<article><h3>{html.escape(name)}: {answer}</h3><div class=terms>{badges}</div>{body}</article>"
-
-
-def _marked(text: str, early: list[tuple[int, int]]) -> str:
-    """Escaped text with its marks: option names in `early`, and words of 4-grams that came before."""
-    marks = [""] * len(text)
-    for start, end in _repeated(text):
+    badges = [*(f"{key} {value:.2f}" for key, value in terms.items()), f"{record['length']} tokens"]
+    think, passages = response.think, []
+    marks = [""] * len(think)
+    for start, end in repetitions(think):
         marks[start:end] = ["again"] * (end - start)
-    for start, end in early:
-        marks[start:end] = ["early"] * (end - start)
+    for stage, start, end in stage_spans(think):
+        for first, last in option_mentions(think[start:end], problem) if stage != STAGES[-1] else ():
+            marks[start + first : start + last] = ["early"] * (last - first)
+        if think[start:end].strip():
+            number = STAGES.index(stage) + 1 if stage else 0
+            passages.append(f'<section class="s{number}"><h4>{stage or "before the first stage"}</h4>{_marked(think[start:end], marks[start:end])}</section>')
+    body = "".join(passages) if response.well_formed else f"<p>not well-formed:</p><pre>{html.escape(record['text'])}</pre>" + "".join(passages)
+    title = f"{name}: answer {response.answer or 'unreadable'}, {'right' if record['correct'] else 'wrong: ' + problem.answer}"
+    terms = "".join(f"<span>{html.escape(badge)}</span>" for badge in badges)
+    return f"<article><h3>{html.escape(title)}</h3><div class=terms>{terms}</div>{body}</article>"
+
+
+def _marked(text: str, marks: list[str]) -> str:
+    """Escaped text, each run of characters with the same mark in it."""
     pieces = ((mark, html.escape("".join(character for character, _ in run))) for mark, run in itertools.groupby(zip(text, marks), lambda pair: pair[1]))
-    return f"<p>{''.join(f'<mark class={mark}>{piece}</mark>' if mark else piece for mark, piece in pieces)}</p>"
-
-
-def _repeated(text: str) -> list[tuple[int, int]]:
-    """Spans of 4-grams of words that occurred before."""
-    found = [match for match in re.finditer(r"\w+", text)]
-    seen, spans = set(), []
-    for run in zip(found, found[1:], found[2:], found[3:]):
-        gram = tuple(match[0].casefold() for match in run)
-        if gram in seen:
-            spans.append((run[0].start(), run[-1].end()))
-        seen.add(gram)
-    return spans
+    return f"<p>{''.join(f'<mark class={mark}>{piece}</mark>' if mark else piece for mark, piece in pieces).strip()}</p>"
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
@@ -810,14 +847,16 @@ def main() -> None:
     for path in filter(None, (args.json, args.report)):
         if not path.parent.is_dir() or path.is_dir():
             raise ValueError(f"{path}: expected the name of a file in a folder that exists")
+    if args.json and (args.compare or args.json == args.report):
+        raise ValueError(f"--json {args.json}: {'--compare writes no result' if args.compare else '--report names the same file'}; leave one out")
     if args.compare:
-        results = {f"{side}: {path.with_suffix('')}": read_result(path) for side, path in zip("AB", args.compare)}
+        results = {f"{side}: {path.resolve().parent.name}/{path.stem}": read_result(path) for side, path in zip("AB", args.compare)}
         tables = [compare_rows(*results.values(), tuple(results))]
     else:
         results = {args.model.name or str(args.model): run(args)}
         tables = [table_rows(results), process_rows(*results.values())]
     print(*map(aligned, tables), sep="\n\n")
-    if args.json and not args.compare:
+    if args.json:
         print(f"every response: {args.json}")
     if args.report:
         write_text(args.report, report_page(results, tables))
@@ -839,7 +878,7 @@ def run(args: argparse.Namespace) -> dict:
         raise ValueError(f"--samples {args.samples} --temperature 0: greedy samples are all the same; expected a temperature above 0")
     if args.data:
         problems = read_all(args.data, args.lang)
-        problems = spread(problems, args.limit or len(problems))
+        problems = spread_problems(problems, args.limit or len(problems))
     else:
         problems = generate_problems(args.limit or 400, args.seed, args.split)
     if args.train:

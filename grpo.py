@@ -39,7 +39,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate, normalise, read_all, spread, table
+from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate, normalise, read_all, spread_problems, table
 from model import (
     PACK_LIMIT, PREFILL_TOKENS, SAMPLING_BUDGET, ChunkedLogProbs, Completion, ModelConfig, Tokenizer, Transformer, check_device,
     completion_logprobs, generate, load_model, logprobs_and_entropy, pad, read_config, read_json, refuse_other_folders, save_model,
@@ -526,7 +526,7 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     if run.eval_data:
         held_out = read_all(run.eval_data, run.lang)
         tqdm.write(contamination_note(problems, held_out))
-        return problems, {"held out": spread(held_out, config.eval_problems)}
+        return problems, {"held out": spread_problems(held_out, config.eval_problems)}
     if run.data:
         stories = list(dict.fromkeys(normalise(problem.story) for problem in problems))  # rows share stories: hold out whole stories
         kept_back = set(random.Random("held out").sample(stories, len(stories) // 10 if config.eval_problems else 0))

@@ -100,6 +100,11 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+def located_words(text: str) -> list[tuple[tuple[int, int], str]]:
+    """The same, each with where it stands."""
+    return [(match.span(), word) for match in _WORD.finditer(text) for word in words(match[0])]
+
+
 _NAMED_LETTER = re.compile(
     r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i:[ \t]{0,3}(?:is\b|是))?[ \t:：*\"'“‘(\[]{0,4}([A-Z])" + rf"(?![^\W{_CJK}])"
     r"|[(（]([A-Z])[)）]"
@@ -123,7 +128,7 @@ def option_mentions(text: str, problem: Problem) -> list[tuple[int, int]]:
     runs = [run for option in problem.options if len(run := words(option)) >= 4]
     if not runs:
         return spans
-    places = [(match.span(), word) for match in _WORD.finditer(text) for word in words(match[0])]
+    places = located_words(text)
     starts = list(itertools.accumulate((len(word) + 1 for _, word in places), initial=0))  # of each word, in the next line's text
     quoted, known = (f" {' '.join(run)} " for run in ((word for _, word in places), words(f"{problem.story}\n{problem.question}")))
     for run in runs:
@@ -187,6 +192,17 @@ def distinct_share(text: str) -> float:
     run = words(text)
     grams = list(zip(run, run[1:], run[2:], run[3:]))
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetitions(text: str) -> list[tuple[int, int]]:
+    """Where the 4-grams of words stand that occurred before."""
+    places, seen, spans = located_words(text), set(), []
+    for four in zip(places, places[1:], places[2:], places[3:]):
+        gram = tuple(word for _, word in four)
+        if gram in seen:
+            spans.append((four[0][0][0], four[3][0][1]))
+        seen.add(gram)
+    return spans
 
 
 def parse(problems: list[Problem], groups: list[list[Completion]], tokenizer: Tokenizer) -> list[list[Response]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as ours  # noqa: E402
-from eval import evaluate, read_benchmark, spread  # noqa: E402
+from eval import evaluate, read_benchmark, spread_problems  # noqa: E402
 from grpo import GRPOConfig, Rollout, Run, group_advantages, load_policies, update  # noqa: E402
 from rewards import RewardConfig  # noqa: E402
 from socialr1 import build_messages  # noqa: E402
@@ -246,7 +246,7 @@ def step(folder: Path, repeats: int) -> None:
 
 def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
     """Both sides get problems and give texts; the share of equal texts says that they do the same."""
-    problems = spread(read_benchmark(data), items)
+    problems = spread_problems(read_benchmark(data), items)
     tokenizer, mine, other = ours.Tokenizer(folder), Ours(folder).model, Theirs(folder).model
 
     def by_evaluate() -> list[str]:

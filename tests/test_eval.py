@@ -4,11 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 import eval
 from eval import (
     bootstrap, compare_rows, contamination, contamination_note, evaluate, interval, measure, read_benchmark,
-    read_files, report_page, summarise, table, table_rows,
+    read_files, read_result, report_page, spread_problems, summarise, table, table_rows,
 )  # fmt: skip
 from model import Tokenizer, generate, load_model
 from rewards import load_content_model
@@ -83,6 +84,9 @@ def test_tombench_hard_csv(tmp_path):
     (problem,) = read_benchmark(write(tmp_path, "hard.csv", text))
     assert (problem.story, problem.options, problem.answer, problem.ability) == ("s\nt", ("a", "b"), "B", "belief")
     assert problem.source == "tombench-hard/hard"
+    same = "STORY,QUESTION,OPTION-A,OPTION-B,OPTION-C,OPTION-D,\"答案\nANSWER\",source\ns,q,A.I. is clever,NaN,no,nan,A,annotator 7\n"
+    (problem,) = read_benchmark(write(tmp_path, "val.csv", same.replace("NaN", "yes")))  # not ToMBench, and the annotator is no benchmark
+    assert (problem.source, problem.options) == ("tombench-hard/val", ("A.I. is clever", "yes", "no"))
     listed = "context,question,choices,label\n" + "s,q,\"['x', 'y']\",1\n" + "s,q,\"['x', 'y']\",0\n"
     assert [p.answer for p in read_benchmark(write(tmp_path, "list.csv", listed))] == ["B", "A"]  # a 0 stands in the file
 
@@ -90,7 +94,7 @@ def test_tombench_hard_csv(tmp_path):
 def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
     row = {"context": "Ann helped Bo.", "question": "Why?", "answerA": "to be kind", "answerB": "to win", "answerC": "no reason"}
     path = write(tmp_path, "dev.jsonl", lines(row, row, row))
-    with pytest.raises(ValueError, match="answer '' has no option"):
+    with pytest.raises(ValueError, match="no column for answer; the columns are: 'context'"):
         read_benchmark(path)
     labels = write(tmp_path, "dev-labels.lst", "3\n1\n2\n")
     names, problems, _ = read_files(path)
@@ -105,6 +109,11 @@ def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
     assert [p.answer for p in read_benchmark(zero_based)] == ["A", "C"]
     letters = write(tmp_path, "v14.jsonl", lines(row | {"correct": "B"}))
     assert [p.answer for p in read_benchmark(letters)] == ["B"]
+    write(tmp_path, "whole/dev.jsonl", lines(row | {"label": "1"}))
+    train, tests = write(tmp_path, "whole/train.jsonl", lines(row | {"label": "2"})), write(tmp_path, "whole/test.jsonl", lines(row))
+    _, problems, notes = read_files(tmp_path / "whole")
+    assert [p.answer for p in problems] == ["A"] and read_benchmark(train)[0].answer == "B"
+    assert notes == [f"{tests}: left out: no problems in it", f"{train}: left out: the training split; name the file to read it"]
 
 
 # ------------------------------------------------------------------------------------------------------- formats of their own
@@ -188,7 +197,10 @@ def test_tactfultom(tmp_path):
     assert names == {"tactfultom"} and {p.id: gold(p) for p in problems} == {
         "j": "Because, well, so", "l": "x", "b0": "Ann believes it", "b2": "Ann believes so"}  # fmt: skip
     assert {p.id: len(p.options) for p in problems} == {"j": 4, "l": 4, "b0": 4, "b2": 2}
-    assert notes == [f"{tmp_path}/Tactful_conv_set_0.json: 1 left out: asks about one person, and all options speak of another (row 1)"]
+    assert notes == [
+        f"{tmp_path}/Tactful_conv_set_0.json: 1 left out: asks about one person, and all options speak of another (row 1)",
+        f"{tmp_path}/Tactful_conv_set_0.json: 1 left out: yes/no, or a list of names: no options to choose from (row 1)",
+    ]
 
 
 def test_simpletom(tmp_path):
@@ -234,6 +246,8 @@ GOOD = '{"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}\n'
         ("x.jsonl", "", "x.jsonl: no rows"),
         ("x.csv", "Story,QUESTION,Gold Answer\ns,q,A\n", "no column for options, answer; the columns are: 'Story', 'QUESTION', 'Gold Answer'"),
         ("x.csv", "story,question,a,b,answer\ns,q,x,y,A,too many\n", "x.csv:2: more cells than the 5 columns"),
+        ("x.csv", "story,question,a,b,c,opt d,answer\ns,q,x,y,z,w,A\n", "no column for options; the columns are: 'story', 'question', 'a', 'b', 'c', 'opt d'"),
+        ("x.jsonl", GOOD.replace('["a", "b"]', '{"a": 1}'), "x.jsonl:1: a problem needs 2 to 26 options, got 0"),
         ("x.json", "[1, 2]", "x.json:1: expected a JSON object, got int"),
         ("x.json", "[\n{,", "x.json:2: not JSON, at column 2"),
         ("x.json", '{"qid": 1}', "x.json: no rows"),
@@ -268,13 +282,14 @@ def test_measures_by_hand():
     result = summarise(records)
     assert result["by_ability"] == {"belief": 0.6} and len(result["responses"]) == 5
     expected = {
-        "n": 5, "questions": 5, "accuracy": 0.6, "parse_rate": 0.6, "hard": 0.5, "control": 2 / 3,
+        "n": 5, "questions": 5, "accuracy": 0.6, "parse_rate": 0.8, "hard": 0.5, "control": 2 / 3,
         "shortcut_gap": 2 / 3 - 0.5, "stage_order": 0.4, "option_early": 0.2, "length": 30.0,
     }  # fmt: skip
     assert {key: result[key] for key in expected} == pytest.approx(expected)
     process = result["process"]
     assert process["length"] == pytest.approx({"all": 30, "right": 80 / 3, "wrong": 35})
     assert process["coverage"] == pytest.approx({"all": (1 + 1 + 0.25 + 0.25 + 0) / 5, "right": 0.5, "wrong": 0.5})
+    assert process["well_formed"] == pytest.approx({"all": 0.6, "right": 2 / 3, "wrong": 0.5})
     assert process["first_option"] == {"all": 0.0, "right": None, "wrong": 0.0}  # "Option B" stands at the very beginning
     assert process["option_early"] == {"all": 0.2, "right": 0.0, "wrong": 0.5}
     assert re.search(r"shortcut gap +0\.167", table({"before": result, "after": result}))
@@ -347,6 +362,44 @@ def test_paired_differences():
         compare_rows(before, summarise([measure(Problem("s", "q", ("a", "b"), "A"), "", 1)]), ("a", "b"))
 
 
+def test_the_macro_mean_of_benchmarks_is_less_uncertain_than_each():
+    problems = [Problem(f"{'abcd'[i // 100]} {'abcdefghij'[i // 10 % 10] * 3} {'abcdefghij'[i % 10]}", "q", ("a", "b"), "A", source=f"{'wxyz'[i // 100]}/1") for i in range(400)]
+    for order in ("ABABABAB", "ABBABAAB"):  # right ones at the same places, and at others
+        records = [measure(problem, answered(order[i // 50]), 5) for i, problem in enumerate(problems)]
+        low, high = summarise(records)["intervals"]["macro"]
+        margin = 1.96 * np.sqrt(0.25 / 400)  # four means of a hundred each
+        assert (low, high) == (pytest.approx(0.5 - margin, abs=0.006), pytest.approx(0.5 + margin, abs=0.006))
+
+
+def test_fewer_problems_keep_together_what_counts_together():
+    pairs = [Problem(f"s{i // 2}", f"q{i % 2}", ("a", "b"), "A", source="x", joint=str(i // 2)) for i in range(40)]
+    some = spread_problems(pairs, 10)
+    assert len(some) == 10 and [p.question for p in some] == ["q0", "q1"] * 5 and some[0] == pairs[0]
+    single = [Problem(f"s{i}", "q", ("a", "b"), "A") for i in range(7)]
+    assert spread_problems(single, 3) == [single[0], single[2], single[4]] and spread_problems(single, 99) == single
+    result = [summarise([measure(problem, answered("A"), 5) for problem in of]) for of in (pairs, pairs[:1])]  # half a pair is another question
+    with pytest.raises(ValueError, match="no problem in common"):
+        compare_rows(*result, ("a", "b"))
+
+
+def test_stored_results_are_read_with_care(tmp_path):
+    record = measure(Problem("s", "q", ("a", "b"), "A", "belief", "x/1", "7"), answered("A", "Cue Encoding: x"), 5)
+    after = {"test after": {"responses": [record]}, "shift after": {"responses": [record | {"text": answered("B")}]}}
+    result = read_result(write(tmp_path, "after.json", json.dumps(after)))
+    assert (result["n"], result["questions"], result["accuracy"], "majority" in result) == (2, 2, 0.5, False)
+    for broken, message in [
+        ({}, "no responses in it"), ({"responses": []}, "no responses in it"), ({"responses": 5}, "not a result"), ({"a": 5}, "not a result"),
+        *(({"responses": [record | {key: value}]}, "not a result of eval.py") for key, value in [
+            ("gold", "<script>"), ("length", None), ("text", 5), ("story", None), ("options", [1, 2]), ("id", ["x"]), ("content", [5])]),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            read_result(write(tmp_path, "broken.json", json.dumps(broken)))
+    with pytest.raises(ValueError, match="no such file; expected a result of eval.py"):
+        read_result(tmp_path / "none.json")
+    evil = record | {"answer": "<script>alert(1)</script>"}  # whatever stands there is found anew in the response
+    assert "<script" not in report_page({"a": read_result(write(tmp_path, "evil.json", json.dumps({"responses": [evil]})))}, [])
+
+
 def test_contamination_sees_through_numbers_marks_and_case():
     seen = Problem("1 Ann LEFT,\n2 the hall.", "q", ("a", "b"), "A", source="x", id="7")
     other = Problem("Bo left the hall.", "q", ("a", "b"), "A")
@@ -396,14 +449,20 @@ def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
         evaluate(*tiny, problems, **settings, journal=journal)
     with open(journal, "a") as file:
         file.write('[["torn')
-    resumed = evaluate(*tiny, problems, **settings, journal=journal)
+    asked = {prompt for wave in calls[:2] for prompt in wave}
+    first, *entries = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join((first, *entries[:-1][::-1], entries[0], entries[-1])))  # whatever the order, and twice
+    resumed = evaluate(*tiny, problems, **settings | {"token_budget": 300}, journal=journal)
     assert resumed["responses"] == whole["responses"] and len(calls) > 4
-    assert all(wave not in calls[3:] for wave in calls[:2])  # what was done is not done again
+    assert asked.isdisjoint(prompt for wave in calls[3:] for prompt in wave)  # what was done is not done again
     with pytest.raises(ValueError, match="out.json.part holds an interrupted evaluation with other temperature: delete it"):
         evaluate(*tiny, problems, **settings | {"temperature": 0.5}, journal=journal)
-    journal.write_text("no journal\n")
-    with pytest.raises(ValueError, match="not the journal of an evaluation"):
-        evaluate(*tiny, problems, **settings, journal=journal)
+    with pytest.raises(ValueError, match="with other model: delete it"):  # the same weights, in another precision
+        evaluate(load_model(TINY, dtype=torch.bfloat16), tiny[1], problems, **settings, journal=journal)
+    for line in ("no journal", "5", "[]", '[[["evil"]]]', '["name", [["text", "length"]]]'):
+        journal.write_text(f"{first}{line}\n")
+        with pytest.raises(ValueError, match="not the journal of an evaluation"):
+            evaluate(*tiny, problems, **settings, journal=journal)
 
 
 def test_the_page_is_text_and_nothing_else(tmp_path):
@@ -418,6 +477,9 @@ def test_the_page_is_text_and_nothing_else(tmp_path):
     assert '<mark class=again>one two three four</mark>' in page
     assert page.index("before") < page.index("after") and 'class="s1"' in page and 'class="s3"' in page
     assert page.count("<details") == page.count("</details") == 1
+    said = "Cue Encoding: he put the red ball away\nCue Interpretation: he put the red ball away\nGoal Clarification: 小明把红球放好。小明把红球放好。"
+    page = report_page({"x": summarise([measure(problem, answered("B", said), 40)])}, [])
+    assert "<mark class=again>he put the red ball away</mark>" in page and "<mark class=again>小明把红球放好</mark>" in page
 
 
 def test_the_command_line(tmp_path, command):
