@@ -273,95 +273,84 @@ class Packed:
 class Decoding:
     """Attention of one new token per completion: to its prompt, held once for the whole group, and to its own tokens so far.
 
-    Where a batched cache would hold, and read, a prompt's keys once per completion, here the queries of a group are laid side
-    by side and meet the prompt's keys in one product; one softmax is taken over both parts. Rows that are done leave, and so
-    do prompts that have none left. A lane is one kv head of one row, with the n = heads / kv_heads queries that share it: B * K
-    lanes; lane i sits in seat `seats[i]` of P * K * G.
+    Where a batched cache would hold, and read, a prompt's keys once per completion, here all queries that attend to a prompt meet
+    its keys in one product. For that they stand on a grid of seats, prompts x kv heads x places in the group; in each seat the
+    n = heads / kv_heads queries that share one kv head. Rows that are done leave their seats empty, until every group has a place
+    less, or a prompt none left: then the grid shrinks.
     """
 
     def __init__(self, config: ModelConfig, lengths: Tensor, group_size: int, room: int, dtype: torch.dtype):
         """For prompts of these `lengths` (P,), whose keys and values `take` brings, and `room` new tokens of each completion."""
         P, L, device, self.kv_heads = len(lengths), int(lengths.max()), lengths.device, config.num_kv_heads
-        self.group_size, self.length = group_size, 0
-        self.owner = torch.arange(P, device=device).repeat_interleave(group_size)  # (B,) the prompt of each row
-        self.place = torch.arange(group_size, device=device).repeat(P)  # (B,) and its place in the group
-        self.prompt_lengths = lengths
+        self.lengths, self.places, self.length = lengths, group_size, 0
+        self.owner = torch.arange(P, device=device).repeat_interleave(group_size)  # (B,) the prompt of each row, in order
+        layers, heads, size = range(config.num_layers), config.num_kv_heads, config.head_dim
+        self.prompt_keys, self.prompt_values = ([torch.zeros(P, heads, L, size, device=device, dtype=dtype) for _ in layers] for _ in "kv")
+        own = (P * heads * group_size, room, size)  # (seats, room, head_dim)
+        self.keys, self.values = ([torch.empty(own, device=device, dtype=dtype) for _ in layers] for _ in "kv")
         padding = torch.arange(L, device=device) >= lengths[:, None]
-        self.bias = torch.zeros(P, 1, L, device=device, dtype=dtype).masked_fill_(padding[:, None], -math.inf)
-        layers, heads, size = range(config.num_layers), (P, config.num_kv_heads), config.head_dim
-        self.prompt_keys = [torch.zeros(*heads, size, L, device=device, dtype=dtype) for _ in layers]  # by layer: (P, K, head_dim, L)
-        self.prompt_values = [torch.zeros(*heads, L, size, device=device, dtype=dtype) for _ in layers]  # (P, K, L, head_dim)
-        own = (P * group_size, config.num_kv_heads, room, size)  # (B, K, room, head_dim)
-        self.keys = [torch.empty(own, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.empty(own, device=device, dtype=dtype) for _ in layers]
-        self._take_seats()
+        self.bias = torch.zeros(P, heads, 1, L, device=device, dtype=dtype).masked_fill_(padding[:, None, None], -math.inf)
+        self._seat(torch.arange(group_size, device=device).repeat(P))
 
     def take(self, start: int, prompts: Sequences) -> None:
         """Keys and values of the prompts from number `start` on."""
         for layer in range(len(self.keys)):
-            keys, values = prompts.cache(layer)
-            rows, width = slice(start, start + len(keys)), keys.shape[2]
-            self.prompt_keys[layer][rows, :, :, :width] = keys.transpose(2, 3)
-            self.prompt_values[layer][rows, :, :width] = values
+            for cache, new in zip((self.prompt_keys[layer], self.prompt_values[layer]), prompts.cache(layer)):
+                cache[start : start + len(new), :, : new.shape[2]] = new
 
-    def _take_seats(self) -> None:
-        head = torch.arange(self.kv_heads, device=self.owner.device)
-        self.seats = ((self.owner[:, None] * self.kv_heads + head) * self.group_size + self.place[:, None]).flatten()
-        self.lane_bias = self.bias.repeat_interleave(self.kv_heads, dim=0)  # (P * K, 1, L): minus infinity at padding
+    def _seat(self, place: Tensor) -> None:
+        """Put rows into these places (B,) of their groups: `seats` of every (row, kv head), and for every seat one that `sits` there."""
+        heads = torch.arange(self.kv_heads, device=place.device)
+        self.place = place
+        self.seats = ((self.owner[:, None] * self.kv_heads + heads) * self.places + place[:, None]).flatten()  # (B * K,)
+        self.sits = self.seats.new_zeros(len(self.lengths) * self.kv_heads * self.places)  # in an empty one the first, for nothing
+        self.sits[self.seats] = torch.arange(len(self.seats), device=place.device)
 
     @property
     def positions(self) -> Tensor:
-        return (self.prompt_lengths[self.owner] + self.length)[:, None]  # (B, 1)
-
-    def by_prompt(self, x: Tensor) -> Tensor:
-        """(B * K, n, m) -> (P * K, G * n, m): the lanes of a group side by side, zeros in empty seats."""
-        seated = x.new_zeros(len(self.lane_bias) * self.group_size, *x.shape[1:]).index_copy_(0, self.seats, x)
-        return seated.view(len(self.lane_bias), -1, x.shape[2])
-
-    def by_lane(self, x: Tensor) -> Tensor:
-        """(P * K, G * n, m) -> (B * K, n, m)."""
-        return x.view(len(x) * self.group_size, -1, x.shape[2]).index_select(0, self.seats)
+        return (self.lengths[self.owner] + self.length)[:, None]  # (B, 1)
 
     @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, heads, 1, head_dim), keys and values (B, K, 1, head_dim) -> (B, heads, 1, head_dim)."""
-        B, K, _, D = k.shape
-        keys, values = self.keys[layer].flatten(0, 1)[: B * K], self.values[layer].flatten(0, 1)[: B * K]
-        keys[:, self.length], values[:, self.length] = k.reshape(B * K, D), v.reshape(B * K, D)
-        keys, values = keys[:, : self.length + 1], values[:, : self.length + 1]  # (B * K, now, head_dim)
-        prompt_keys, prompt_values = self.prompt_keys[layer].flatten(0, 1), self.prompt_values[layer].flatten(0, 1)
+        (B, K, _, D), seats, now = k.shape, len(self.sits), self.length + 1
+        keys, values, L = self.keys[layer][:, :now], self.values[layer][:, :now], self.bias.shape[3]  # (seats, now, D)
+        prompt_keys, prompt_values = self.prompt_keys[layer].flatten(0, 1), self.prompt_values[layer].flatten(0, 1)  # (P * K, L, D)
 
-        q = (q * D**-0.5).view(B * K, -1, D)  # (B * K, n, head_dim)
-        to_prompt = self.by_lane(torch.baddbmm(self.lane_bias, self.by_prompt(q), prompt_keys))  # (B * K, n, L)
-        scores = torch.cat((to_prompt, torch.bmm(q, keys.transpose(1, 2))), dim=2)  # (B * K, n, L + now)
+        def of_groups(x: Tensor) -> Tensor:
+            """(seats, n, m) -> (P * K, places * n, m): one below the other what meets the same prompt."""
+            return x.view(len(prompt_keys), -1, x.shape[2])
+
+        keys[:, -1].index_copy_(0, self.seats, k.reshape(B * K, D))
+        values[:, -1].index_copy_(0, self.seats, v.reshape(B * K, D))
+        q = (q.reshape(B * K, -1).index_select(0, self.sits) * D**-0.5).view(seats, -1, D)  # (seats, n, D)
+        to_prompt = torch.baddbmm(self.bias.flatten(0, 1), of_groups(q), prompt_keys.transpose(1, 2)).view(seats, -1, L)
+        scores = torch.cat((to_prompt, torch.bmm(q, keys.transpose(1, 2))), dim=2)  # (seats, n, L + now)
         weights = scores.softmax(dim=2, dtype=torch.float32).to(v.dtype)
-        on_prompt, on_own = weights.split((prompt_keys.shape[2], self.length + 1), dim=2)
-        out = torch.bmm(on_own, values) + self.by_lane(torch.bmm(self.by_prompt(on_prompt), prompt_values))
-        return out.view(B, -1, 1, D)
+        out = torch.bmm(of_groups(weights)[:, :, :L], prompt_values).view(seats, -1, D)
+        out.baddbmm_(weights[:, :, L:], values)
+        return out.view(seats, -1).index_select(0, self.seats).view(B, -1, 1, D)
 
     def drop(self, done: Tensor) -> Tensor:
-        """Forget the rows where `done` (B,); -> the old indices of those that stay, in their new order."""
-        order, moved = _without_holes(done)
-        self.owner, self.place = self.owner[order], self.place[order]
-        for cache in self.keys + self.values:
-            cache[moved, :, : self.length] = cache[order[moved], :, : self.length]
-        prompts, owner = self.owner.unique(return_inverse=True)
-        if len(prompts) < len(self.bias):
-            self.owner, self.bias, self.prompt_lengths = owner, self.bias[prompts], self.prompt_lengths[prompts]
+        """Forget the rows where `done` (B,); -> the old indices of those that stay, in order."""
+        stay = (~done).nonzero()[:, 0]
+        seats = self.seats.view(len(done), -1)[stay].flatten()
+        prompts, owner, counts = self.owner[stay].unique(return_inverse=True, return_counts=True)
+        places = int(counts.max()) if len(stay) else 0
+        if (len(prompts), places) == (len(self.lengths), self.places):
+            self.owner = owner
+            self._seat(self.place[stay])
+            return stay
+        self.lengths, self.bias, self.owner, self.places = self.lengths[prompts], self.bias[prompts], owner, places
+        self._seat(torch.arange(len(stay), device=done.device) - (counts.cumsum(0) - counts)[owner])  # the first ones of its group
+        before = seats[self.sits]  # the seat in which the new one's keys and values are
+        for layer in range(len(self.keys)):
             for caches in (self.prompt_keys, self.prompt_values):
-                for layer, cache in enumerate(caches):
-                    caches[layer] = cache[prompts]
-        self._take_seats()
-        return order
-
-
-def _without_holes(done: Tensor) -> tuple[Tensor, Tensor]:
-    """Order of the rows that stay, the last ones moved into the places that fall free; and the places that changed."""
-    stay = int((~done).sum())
-    order = torch.arange(stay, device=done.device)
-    moved = done[:stay].nonzero()[:, 0]
-    order[moved] = (~done[stay:]).nonzero()[:, 0] + stay
-    return order, moved
+                caches[layer] = caches[layer][prompts]
+            for caches in (self.keys, self.values):
+                old, caches[layer] = caches[layer], caches[layer].new_empty(len(before), *caches[layer].shape[1:])
+                caches[layer][:, : self.length] = old[before, : self.length]
+        return stay
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values of one layer -> what is attended to, see Sequences
