@@ -43,6 +43,7 @@ from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_n
 from model import (
     PACK_LIMIT, PREFILL_TOKENS, SAMPLING_BUDGET, ChunkedLogProbs, Completion, ModelConfig, Tokenizer, Transformer, check_device,
     completion_logprobs, generate, load_model, logprobs_and_entropy, pad, read_config, read_json, refuse_other_folders, save_model,
+    write_model,
 )  # fmt: skip
 from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
 from socialr1 import (
@@ -93,9 +94,11 @@ class GRPOConfig:
         for name in ("steps", "prompts", "max_new_tokens", "token_budget", "save_every", "keep", "max_skips"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
-        for name in ("lr", "beta", "clip_eps", "max_grad_norm", "warmup_steps", "weight_decay", "eval_problems", "eval_every"):
+        for name in ("lr", "beta", "clip_eps", "warmup_steps", "weight_decay", "eval_problems", "eval_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected 0 or more")
+        if not 0 < self.max_grad_norm < math.inf:
+            raise ValueError(f"--max-grad-norm {self.max_grad_norm}: expected above 0")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"--seed {self.seed}: expected 0 to 2147483647")
 
@@ -214,6 +217,7 @@ def join_processes(device: str) -> str:
     dist.init_process_group(backend, timeout=timedelta(days=1), **alone)  # a slow rollout elsewhere is no failure
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return device
 
@@ -249,6 +253,7 @@ def shard(model: Transformer, device: str, dtype: torch.dtype, offload: bool) ->
         part.set_gradient_divide_factor(1.0)  # the loss is divided by the whole batch already: gradients add up
         part.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "logprobs")
+    model.computes_on = torch.device(device)
     return model
 
 
@@ -267,6 +272,16 @@ def whole(model: Transformer, device: str, dtype: torch.dtype) -> Transformer:
     copy.tie()
     copy.source = model.source
     return copy.requires_grad_(False).eval()
+
+
+def gathered(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors on the host, for the first process; the others must call this too, and get none."""
+    found = {}
+    for name, shards in tensors:
+        full = whole_tensor(shards.detach())
+        if not rank():
+            found[name] = full.cpu().contiguous()
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- rollout
@@ -352,7 +367,8 @@ def update(
             metrics["skipped"] += 1
         optimizer.zero_grad(set_to_none=True)
         sums = {name: value + some_sums[name] for name, value in sums.items()}
-        drift = drift if number else some_drift  # nothing has been updated yet: sampler and trainer must agree
+        if number == 0:  # nothing has been updated yet: sampler and trainer must agree
+            drift = some_drift
     tokens = max(sums.pop("tokens"), 1)
     return metrics | {name: value / tokens for name, value in sums.items()} | {"logprob_drift": drift}
 
@@ -366,17 +382,17 @@ def accumulate(
     counts = summed({"grpo": len(completions), "dapo": sum(len(c.tokens) for c in completions)})
     counts["dr_grpo"] = counts["grpo"] * config.max_new_tokens
     pieces = list(micro_batches(prompts, groups, config.token_budget))
-    idle = int(highest(len(pieces))) - len(pieces)  # all processes compute equally often, since each gathers weights from all
     sums, drift = {"loss": 0.0, "kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0, "tokens": 0.0}, 0.0
-    for indices, slices in pieces:
-        some_prompts = [prompts[p] for p in indices]
-        some = [groups[p][s] for p, s in zip(indices, slices)]
+    for i in range(int(highest(len(pieces)))):  # of any process: all compute equally often, since each gathers weights from all
+        indices, slices = pieces[i] if i < len(pieces) else ([], [])
+        some_prompts = [prompts[p] for p in indices] or [[0]]
+        some = [groups[p][s] for p, s in zip(indices, slices)] or [[Completion([], [], False)]]  # without tokens: contributes 0
         ids = [[c.tokens for c in group] for group in some]
         logprobs, mask, entropies = logprobs_and_entropy(model, some_prompts, ids)  # (b, T)
         old_logprobs = pad_values([c.logprobs for group in some for c in group], mask)
         with torch.no_grad():
             ref_logprobs = completion_logprobs(reference, some_prompts, ids)[0] if reference is not None else None
-        advantages = torch.cat([rollout.advantages[part[p], s] for p, s in zip(indices, slices)]).to(mask.device)  # (b,)
+        advantages = torch.cat([rollout.advantages[part[p], s] for p, s in zip(indices, slices)] or [torch.zeros(1)]).to(mask.device)  # (b,)
         loss, metrics = grpo_loss(
             logprobs, old_logprobs, ref_logprobs, advantages, mask, config.clip_eps, config.beta, config.reduction,
             config.max_new_tokens, counts[config.reduction],
@@ -387,12 +403,7 @@ def accumulate(
             sums[name] += metrics[name] * metrics["tokens"]
         sums["entropy"] += float(entropies.sum())
         sums["tokens"] += metrics["tokens"]
-        drift = max(drift, float((logprobs.detach() - old_logprobs).abs().max()))
-    for _ in range(idle):
-        (logprobs_and_entropy(model, [[0]], [[[0]]])[0].sum() * 0).backward()
-        if reference is not None:
-            with torch.no_grad():
-                completion_logprobs(reference, [[0]], [[[0]]])
+        drift = max([drift, *(logprobs.detach() - old_logprobs).abs().flatten().tolist()])
     sums = summed(sums)
     return sums.pop("loss"), sums, highest(drift)
 
@@ -412,28 +423,30 @@ def save_checkpoint(out: Path, model: Transformer, optimizer: torch.optim.Optimi
     """OUT/checkpoint-STEP: an ordinary model folder, with optimizer.safetensors and state.json beside it; then drop older ones.
 
     Tensors are whole, so the number of processes may change; every process must call this, the first one writes. It becomes
-    visible complete, by a rename; OSError says what stays when that fails.
+    visible complete, by a rename; OSError says what stays when that fails. ValueError: weights that are not finite.
     """
     target, temporary = out / f"checkpoint-{step:06d}", out / ".saving"
-    full = whole(model, "cpu", torch.float32)
-    tensors = {
-        f"{name}.{key}": whole_tensor(value.detach()).cpu().contiguous()
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
-    }
+    weights = gathered(model.named_parameters())
+    states = gathered((f"{name}.{key}", value) for name, p in model.named_parameters() for key, value in optimizer.state[p].items())
     if rank():
         return target
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ValueError(f"step {step}: the weights are not finite, and are not saved")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        save_model(full, temporary)
-        save_file(tensors, temporary / "optimizer.safetensors")
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir()
+        write_model(model, temporary, weights)
+        save_file(states, temporary / "optimizer.safetensors")
         state = state | {"step": step, "files": {path.name: file_digest(path) for path in sorted(temporary.iterdir())}}
         write_json(temporary / "state.json", state | {"digest": digest(state)})
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        before = f"{checkpoints(out)[-1]} is whole" if checkpoints(out) else "there is none before it"
+        try:
+            before = f"{last_whole(out)[0]} is whole"
+        except ValueError:
+            before = "there is none before it"
         raise OSError(f"{target} could not be saved: {error}; {before}: make room, then go on with --resume") from None
     for older in checkpoints(out)[:-keep]:
         shutil.rmtree(older)
@@ -441,13 +454,20 @@ def save_checkpoint(out: Path, model: Transformer, optimizer: torch.optim.Optimi
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(path for path in out.glob("checkpoint-*") if (path / "state.json").exists())
+    """Oldest first, damaged ones included."""
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file or of all files in a folder: names and sizes, and of all but the largest the content."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return digest({file.name: [file.stat().st_size, file_digest(file) if file.stat().st_size < 1 << 26 else ""] for file in files if file.exists()})
 
 
 def digest(state: dict) -> str:
@@ -472,7 +492,7 @@ def last_whole(out: Path) -> tuple[Path, dict]:
             return path, read_state(path)
         except ValueError as error:
             tqdm.write(f"WARNING: {error}; looking for the checkpoint before it")
-    raise ValueError(f"{out} holds no checkpoint to resume from")
+    raise ValueError(f"{out} holds no checkpoint that is whole: choose another --out to begin anew")
 
 
 def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
@@ -506,12 +526,10 @@ class Run:
     offload: bool = False
 
     def saved(self) -> dict:
-        """What must be equal for a run to be resumed."""
-        return {
-            "model": str(self.model), "content": str(self.content.resolve()) if self.content else None,
-            "data": [str(path) for path in self.data], "eval_data": [str(path) for path in self.eval_data], "lang": self.lang, "dtype": self.dtype,
-            **asdict(self.config), **asdict(self.rewards),
-        }  # fmt: skip
+        """What must be equal for a run to be resumed: settings, and what files are called and hold."""
+        files = {"model": [self.model], "content": filter(None, [self.content]), "data": self.data, "eval_data": self.eval_data}
+        named = {name: {str(path.resolve()): fingerprint(path) for path in paths} for name, paths in files.items()}
+        return named | {"lang": self.lang, "dtype": self.dtype} | asdict(self.config) | asdict(self.rewards)
 
 
 def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
@@ -557,7 +575,7 @@ def train(run: Run, resume: Path | None = None) -> None:
 
     `resume`: a checkpoint to go on from. Under torchrun every process calls this; the first one writes.
     """
-    config, first_process = run.config, rank() == 0
+    config, first_process, saved = run.config, rank() == 0, run.saved()
     problems, held_out = load_problems(run)
     held_out = {name: some for name, some in held_out.items() if some}
     model_config, tokenizer = read_config(run.model), Tokenizer(run.model)
@@ -572,8 +590,10 @@ def train(run: Run, resume: Path | None = None) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     log = run.out / "metrics.jsonl" if first_process else Path(os.devnull)
     if first_process:
-        kept = log.read_text().splitlines()[:first] if log.exists() else []  # one line per step
-        write_text(log, "".join(f"{line}\n" for line in kept))
+        kept = read_log(log)[:first]
+        write_text(log, "".join(f"{json.dumps(line)}\n" for line in kept))
+        if len(kept) < first:
+            tqdm.write(f"WARNING: {log} has only {len(kept)} of the {first} steps before; the run goes on all the same")
         off = "R_content is off: no content model (--content), or no weight; the other terms keep theirs"
         tqdm.write(
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {len(problems)} training problems, "
@@ -597,26 +617,26 @@ def train(run: Run, resume: Path | None = None) -> None:
             write_json(run.out / "before.json", before)
     stop, step, path, skipped = Interrupt(), first - 1, resume, 0
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="grpo", unit="step", disable=not first_process)
-    with stop, open(log, "a", encoding="utf-8") as lines:
-        for step in bar:
-            metrics = train_step(model, reference, scorer, optimizer, tokenizer, problems, run, step)
-            skipped = skipped + metrics["skipped"] if metrics["skipped"] == config.minibatches else 0
-            if skipped >= config.max_skips:
-                raise ValueError(
-                    f"step {step}: {skipped} updates in a row had a loss or gradient that is not finite, and were skipped; the last good "
-                    f"checkpoint is {path or run.model}: lower --lr or --max-grad-norm"
-                )
-            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
-                for name, result in examine("", share=4).items():
-                    metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
-            print(json.dumps(metrics), file=lines, flush=True)
-            shown = ("reward", "out", "struct", "content", "entropy", "length")
-            bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown if metrics[name] is not None})
-            stopping = highest(stop.asked)  # in any process
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
-                path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": run.saved()}, config.keep)
-            if stopping:
-                break
+    try:
+        with stop, open(log, "a", encoding="utf-8") as lines:
+            for step in bar:
+                metrics = train_step(model, reference, scorer, optimizer, tokenizer, problems, run, step)
+                if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < config.steps:
+                    for name, result in examine("", share=4).items():
+                        metrics[f"eval_{name.strip()}"] = {key: result[key] for key in MEASURES}
+                print(json.dumps(metrics), file=lines, flush=True)
+                skipped = skipped + metrics["skipped"] if metrics["skipped"] == config.minibatches else 0
+                if skipped >= config.max_skips:
+                    raise ValueError(f"step {step}: {skipped} updates in a row had a loss or gradient that is not finite, and were skipped")
+                shown = ("reward", "out", "struct", "content", "entropy", "length")
+                bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown if metrics[name] is not None})
+                stopping = highest(stop.asked)  # in any process
+                if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
+                    path = save_checkpoint(run.out, model, optimizer, step + 1, {"run": saved}, config.keep)
+                if stopping:
+                    break
+    except ValueError as error:  # training has diverged
+        raise ValueError(f"{error}; the last good checkpoint is {path or run.model}: lower --lr or --max-grad-norm") from None
     if step + 1 < config.steps:
         if first_process:
             print(f"\nstopped after step {step + 1} of {config.steps}; checkpoint: {path}\ngo on with the same flags and: --out {run.out} --resume")
@@ -627,13 +647,28 @@ def train(run: Run, resume: Path | None = None) -> None:
         report(run, path)
 
 
+def read_log(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, one for each step from 0; what comes after a torn or missing one is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(value, dict) or value.get("step") != len(lines):
+            break
+        lines.append(value)
+    return lines
+
+
 def report(run: Run, path: Path) -> None:
     """The table before and after, and where everything is."""
-    before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
+    before, after = (read_json(file) if (file := run.out / f"{when}.json").exists() else {} for when in ("before", "after"))
     if after:
-        print("\n" + table({name: result for pair in zip(before.items(), after.items()) for name, result in pair}))
-    rewards = [json.loads(line)["reward"] for line in (run.out / "metrics.jsonl").read_text().splitlines()]
-    print(f"\nsampled at temperature 1; mean reward {rewards[0]:.3f} in the first step, {rewards[-1]:.3f} in the last")
+        pairs = itertools.zip_longest(before.items(), after.items())
+        print("\n" + table(dict(filter(None, itertools.chain(*pairs)))))
+    if lines := read_log(run.out / "metrics.jsonl"):
+        print(f"\nsampled at temperature 1; mean reward {lines[0]['reward']:.3f} in the first step, {lines[-1]['reward']:.3f} in the last")
     print(f"model: {path}\nlog, and every response before and after: {run.out}/metrics.jsonl, before.json, after.json")
     print(f"next: python eval.py --model {path}")
 
@@ -677,7 +712,7 @@ def train_step(
         "finished": sum(c.finished for c in completions),
     })  # fmt: skip
     means = {name: value / (config.prompts * config.group_size) for name, value in sums.items()}
-    return {
+    line = {
         "step": step,
         "content": None,
         **means,
@@ -690,6 +725,7 @@ def train_step(
         "seconds": {name: b - a for name, a, b in zip(("rollout", "content", "score", "update"), clock, clock[1:])},
         "content_share": (clock[2] - clock[1]) / (clock[-1] - clock[0]) if scorer else None,  # of the step's time
     }
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
 
 
 class Interrupt:
@@ -738,7 +774,7 @@ def memory_plan(
     at_once = max(1, min(prompts, SAMPLING_BUDGET // group))  # prompts whose completions are sampled together
     cache = 2 * model.num_layers * kv * number * at_once * group
     packed = 4 * block * model.num_layers + 4 * head
-    copy = number * n if sharded else packed if not cuda and packed <= PACK_LIMIT else 0
+    copy = (number * n if sharded else 0) + (packed if not cuda and number == 4 and packed <= PACK_LIMIT else 0)
 
     tokens = math.ceil(prompts / config.minibatches) * group
     several, tokens = tokens > config.token_budget, min(tokens, max(config.token_budget, prompt_length + T))
@@ -746,7 +782,7 @@ def memory_plan(
     in_block = tokens * (number * (4 * f + 3 * d + 2 * q + 2 * kv + keys) + 4 * (4 * d + 2 * q))  # what its backward needs; norms in fp32
     kept = tokens * model.num_layers * d * number if config.recompute else (model.num_layers - 1) * in_block
     at_work = in_block + tokens * number * 3 * f  # a block on its way back, and gradients within it
-    chunk = min(ChunkedLogProbs.SIZE, tokens * model.vocab_size)
+    chunk = min(ChunkedLogProbs.SIZE, tokens * G * T // group * model.vocab_size)  # only completions have logits
     logits = 4 * 2 * chunk + (number * chunk if number < 4 else 0)
     gathered = number * (outside + 2 * block) * (2 if config.beta else 1) if sharded else 0  # a block computes while the next arrives
     returning = 4 * (outside + block) if sharded else 0  # gradients before each process takes its part
@@ -767,7 +803,7 @@ def memory_plan(
 
 def print_plan(run: Run, memory: float) -> None:
     """The plan for one process of WORLD_SIZE, and whether it fits into `memory` bytes; nothing but configs and tokenizer is read."""
-    c, workers, cuda = run.config, int(os.environ.get("WORLD_SIZE", 1)), run.device.startswith("cuda")
+    c, workers, cuda = run.config, max(1, int(os.environ.get("WORLD_SIZE", 1))), run.device.startswith("cuda")
     problems, held_out = load_problems(run)
     tokenizer = Tokenizer(run.model)
     longest = max(len(tokenizer.chat(build_messages(problem))) for problem in itertools.chain(problems, *held_out.values()))
@@ -1094,27 +1130,28 @@ def main() -> None:
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.offload and not args.device.startswith("cuda"):
         raise ValueError(f"--offload moves what a GPU cannot hold to the host; --device {args.device} is the host")
-    workers = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
+    workers = max(1, int(os.environ.get("WORLD_SIZE", 1)))  # as torchrun says
     if config.prompts % workers:
         raise ValueError(f"--prompts {config.prompts}: {workers} processes share them equally; choose a multiple")
     if not planning and ("RANK" in os.environ or dtype != "float32" or args.offload):
         args.device = join_processes(args.device)
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the folder of the run to go on with")
-    out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(highest(time.time())))
     content = args.content or (None if args.model else TINY_CONTENT)
     if not rewards.w_content or "content" in rewards.off:
         content = None
     run = Run(args.model or TINY, out, tuple(args.data), args.lang, args.device, config, rewards, content, tuple(args.eval_data), dtype, args.offload)
     if planning:
+        if not 0 <= args.plan < math.inf:
+            raise ValueError(f"--plan {args.plan}: expected how many GiB there are")
         if args.device == "cuda" and not args.plan and not torch.cuda.is_available():
             raise ValueError("--plan for cuda, which this machine does not have: say how many GiB the card has, as in --plan 80")
         print_plan(run, args.plan * 2**30 or memory_of(args.device))
         return
-    saved = checkpoints(out)
-    if saved and not args.resume:
+    saved, resume = checkpoints(out), None
+    if (saved or (out / "metrics.jsonl").exists()) and not args.resume:
         raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")
-    resume = None
     if args.resume and not saved and out.is_dir():
         print(f"{out} holds no checkpoint yet: the run begins again")
     elif args.resume:

@@ -405,6 +405,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along on saving
+        self.computes_on: torch.device | None = None  # where its weights are not: FSDP can keep them in the host's memory
         self.checkpointing = False  # in training: keep each block's input only, and compute the block again on the way back
         self.frequencies = rotary_frequencies(config)  # no buffer: it stays in fp32 when the model is cast
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -415,6 +416,10 @@ class Transformer(nn.Module):
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.tie()
+
+    @property
+    def device(self) -> torch.device:
+        return self.computes_on or self.embed_tokens.weight.device
 
     def tie(self) -> None:
         """Let the head read the embedding's weight, where the config says so."""
@@ -719,7 +724,7 @@ def logprobs_and_entropy(
     """What completion_logprobs returns, and the policy's entropy (B, T) before each token, without gradient; in nats."""
     if len(prompts) != len(completions) or not all(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} lists of completions; expected one for each, and no empty prompt")
-    device = model.embed_tokens.weight.device
+    device = model.device
     context = Packed(prompts, [[ids[:-1] for ids in group] for group in completions], device)  # no token follows the last
     places, start = [], 0  # a completion's first token is predicted at the end of its prompt, the others at the token before them
     for prompt, group in zip(prompts, completions):
@@ -922,18 +927,7 @@ def save_model(model: Transformer, path: str | Path) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     replaced = temporary.with_name(f"{temporary.name}-old")
     try:
-        for name in _CARRIED if model.source else ():
-            if (model.source / name).is_file():
-                shutil.copyfile(model.source / name, temporary / name)
-        state = {
-            name if name in ("lm_head.weight", "score.weight") else f"model.{name}": p.detach().contiguous().cpu()
-            for name, p in model.named_parameters()
-        }
-        save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-        os.chmod(temporary / "model.safetensors", 0o644)  # the library makes it private
-        raw = model.config.raw | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-        raw.pop("torch_dtype", None)
-        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        write_model(model, temporary, {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()})
         os.chmod(temporary, 0o755)
         if target.exists():
             os.rename(target, replaced)
@@ -943,6 +937,22 @@ def save_model(model: Transformer, path: str | Path) -> None:
             os.rename(replaced, target)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Config, these weights (on the host), and the files of the tokenizer, into a folder that is there. ValueError: these are gone."""
+    if model.source and not model.source.is_dir():
+        raise ValueError(f"{model.source}: no such folder any more; the model was loaded from there, and its tokenizer must be saved with it")
+    for name in _CARRIED if model.source else ():
+        if (model.source / name).is_file():
+            shutil.copyfile(model.source / name, folder / name)
+    state = {name if name in ("lm_head.weight", "score.weight") else f"model.{name}": weight for name, weight in weights.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / "model.safetensors", 0o644)  # the library makes it private
+    dtype = next(iter(weights.values())).dtype
+    raw = model.config.raw | {"dtype": str(dtype).removeprefix("torch.")}
+    raw.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 _CARRIED = (  # goes along unchanged on saving

@@ -156,7 +156,7 @@ def test_the_plan_of_a_large_model_loads_nothing(tmp_path, command, monkeypatch)
 
 
 SMALL = (
-    "--steps", "6", "--prompts", "4", "--group-size", "3", "--minibatches", "2", "--max-new-tokens", "130", "--token-budget", "900",
+    "--steps", "6", "--prompts", "4", "--group-size", "3", "--minibatches", "4", "--max-new-tokens", "130", "--token-budget", "900",
     "--eval-problems", "0", "--eval-every", "0", "--save-every", "1", "--lr", "1e-3",
 )  # fmt: skip
 
