@@ -774,7 +774,7 @@ def memory_plan(
     at_once = max(1, min(prompts, SAMPLING_BUDGET // group))  # prompts whose completions are sampled together
     cache = 2 * model.num_layers * kv * number * at_once * group
     packed = 4 * block * model.num_layers + 4 * head
-    copy = (number * n if sharded else 0) + (packed if not cuda and number == 4 and packed <= PACK_LIMIT else 0)
+    copy = (number * n if sharded and (cuda or workers > 1 or number == 2) else 0) + (packed if not cuda and number == 4 and packed <= PACK_LIMIT else 0)
 
     tokens = math.ceil(prompts / config.minibatches) * group
     several, tokens = tokens > config.token_budget, min(tokens, max(config.token_budget, prompt_length + T))

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import grpo
@@ -113,22 +115,34 @@ def test_the_loss_never_holds_more_logits_than_a_chunk():
     assert more - few < 2e6  # 1 MB per 100 tokens; their logits alone would take 60 MB each time
 
 
+@pytest.fixture
+def sharded():
+    """FSDP with a single process."""
+    grpo.join_processes("cpu")
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("recompute, budget", [(True, 8192), (False, 8192), (True, 500)])
-def test_the_memory_plan_foretells_the_peaks(recompute, budget):
-    rng, model = random.Random(0), random_model()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_plan_foretells_the_peaks(request, recompute, budget, dtype):
+    rng, model, reference = random.Random(0), random_model(), random_model().requires_grad_(False)
+    if dtype == "bfloat16":
+        request.getfixturevalue("sharded")
+        for some in (model, reference):
+            grpo.shard(some, "cpu", torch.bfloat16, False)
     model.checkpointing = recompute
     config = GRPOConfig(prompts=4, group_size=4, max_new_tokens=60, recompute=recompute, token_budget=budget)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     prompts = [random_ids(rng, 100) for _ in range(4)]
     found = []
-    sampling = memory_peak(lambda: found.append(generate(model, prompts, 4, 60)))
+    sampling = memory_peak(lambda: found.append(generate(grpo.whole(model, "cpu", getattr(torch, dtype)), prompts, 4, 60)))
     rollout = Rollout(prompts, found[0], torch.randn(4, 4))
-    reference = random_model().requires_grad_(False)
     update(model, reference, optimizer, rollout, config)  # AdamW's states come into being
     updating = memory_peak(lambda: update(model, reference, optimizer, rollout, config))
-    held = sum(x.nbytes for x in (*model.parameters(), *reference.parameters()))
-    held += sum(x.nbytes for states in optimizer.state.values() for x in states.values())
-    plan = memory_plan(model.config, config, 100)
+    held = [*model.parameters(), *reference.parameters(), *(x for states in optimizer.state.values() for x in states.values())]
+    held = sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in held)
+    plan = memory_plan(model.config, config, 100, dtype=dtype, sharded=dtype == "bfloat16")
     moments = [sum(sizes[i] for sizes in plan.values()) for i in range(4)]
     assert moments[0] == pytest.approx(held + sampling, rel=0.15)
     assert max(moments[1:]) == pytest.approx(held + updating, rel=0.15)
@@ -209,6 +223,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, unbroken):
 
 
 def test_two_processes_are_one(tmp_path, unbroken):
+    """With as many minibatches as prompts: in each, one process has nothing to do but to take part in the exchanges."""
     out = tmp_path / "run"
     finish(start(out, "--keep", "6", processes=2))
 
@@ -223,10 +238,21 @@ def test_two_processes_are_one(tmp_path, unbroken):
             assert (ours[key] - value).norm() <= relative * value.norm(), key
 
     same()
-    for path in checkpoints(out)[3:]:
-        path.rename(out / f"gone-{path.name}")
-    finish(start(out, "--keep", "6", "--resume"))  # one process goes on where two were
-    same()
+    for processes in (1, 2):  # one goes on where two were, and two where one was
+        for path in checkpoints(out)[3:]:
+            path.rename(out / f"gone-{processes}-{path.name}")
+        finish(start(out, "--keep", "6", "--resume", processes=processes))
+        same()
+
+
+def test_bfloat16_computes_over_float32_weights_in_two_processes_that_recompute(tmp_path):
+    out = tmp_path / "run"
+    finish(start(out, "--dtype", "bfloat16", "--recompute", "--steps", "2", processes=2))
+    lines, tensors = log_of(out), tensors_of(out, 2)
+    assert all(1e-3 < line["logprob_drift"] < 0.5 for line in lines)  # sampler and trainer both compute in bf16; in fp32 it is below 1e-4
+    assert all(value.dtype == torch.float32 for value in tensors.values())
+    moved = tensors["model.safetensors: model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(moved, moved.bfloat16().float())  # updates much smaller than bf16's grid are kept
 
 
 CONFIG = GRPOConfig(
@@ -254,6 +280,46 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(tmp_path, ca
     torn.write_bytes(torn.read_bytes()[:-10])
     with pytest.raises(ValueError, match="holds no checkpoint"):
         last_whole(tmp_path)
+
+
+def test_only_checkpoints_of_the_run_are_resumed_from_and_removed(tmp_path, capsys):
+    (tmp_path / "checkpoint-best").mkdir(parents=True)
+    (tmp_path / "checkpoint-000003-mine").mkdir()
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / "model.safetensors").write_text("of a run that was killed")
+    train(run_in(tmp_path))
+    names = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert names == {"checkpoint-best", "checkpoint-000003-mine", "checkpoint-000003", "checkpoint-000004"}
+    (tmp_path / "checkpoint-000004" / "state.json").unlink()  # as a kill while it was being removed may leave it
+    assert last_whole(tmp_path)[0].name == "checkpoint-000003" and "checkpoint-000004/state.json" in "".join(capsys.readouterr())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"weights are not finite.*; the last good checkpoint is .*tiny: lower --lr"):
+        train(run_in(tmp_path, lr=1e38, warmup_steps=0, steps=3))
+    assert not checkpoints(tmp_path)
+
+
+def test_changed_files_are_noticed_on_resume(tmp_path, command):
+    rows = [{"story": f"s{i}", "question": "q", "options": ["a", "b"], "answer": "AB"[i % 2]} for i in range(4)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", data, "--out", tmp_path / "run", "--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "9", "--eval-problems", "0")
+    assert command(grpo.main, *flags)[0] == 0
+    code, _, err = command(grpo.main, *flags)
+    assert code == 2 and "holds a run already" in err
+    assert command(grpo.main, *flags, "--resume")[0] == 0
+    data.write_text(data.read_text().replace('"A"', '"B"', 1))
+    code, _, err = command(grpo.main, *flags, "--resume")
+    assert code == 2 and "cannot resume" in err and "data was {" in err and err.count("\n") == 1
+
+
+def test_a_torn_log_is_mended(tmp_path, capsys):
+    train(run_in(tmp_path, steps=2))
+    log, lines = tmp_path / "metrics.jsonl", log_of(tmp_path)
+    log.write_text(log.read_text().splitlines()[0] + '\n{"step": 1, "rew')
+    train(run_in(tmp_path, steps=2), resume=last_whole(tmp_path)[0])
+    assert log_of(tmp_path) == lines[:1] and "has only 1 of the 2 steps before" in "".join(capsys.readouterr())
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -306,6 +372,37 @@ def test_an_update_that_is_not_finite_is_skipped_and_some_in_a_row_stop_the_run(
     broken |= {2, 3}
     with pytest.raises(ValueError, match=r"step 3: 3 updates in a row .*not finite.* the last good checkpoint is .*checkpoint-000003"):
         train(run_in(tmp_path / "three"))
+
+
+def test_settings_reach_the_update(tmp_path):
+    """Warm-up, clipping of ratios and of gradients, no reference at beta 0, activation checkpointing."""
+    model, reference, optimizer = grpo.load_policies(run_in(tmp_path, beta=0.0, recompute=True), None)
+    assert reference is None and model.checkpointing
+    for name, changes in (("plain", {}), ("more", dict(max_grad_norm=1e-3))):
+        train(run_in(tmp_path / name, minibatches=2, warmup_steps=4, max_new_tokens=130, group_size=6, keep=4, **changes))
+    lines, clipped = log_of(tmp_path / "plain"), log_of(tmp_path / "more")
+    assert [line["lr"] for line in lines] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
+    assert all(0 < line["logprob_drift"] < 1e-4 for line in lines)
+    assert max(line["clip_fraction"] for line in lines) > 0  # the second minibatch meets a policy that the first one has changed
+    squares = [
+        sum(float(value.sum()) for key, value in tensors_of(tmp_path / name, 1).items() if key.endswith("exp_avg_sq")) for name in ("plain", "more")
+    ]  # .001 of the squared norms of the first step's two gradients
+    assert clipped[0]["grad_norm"] > 1e-2 and squares[1] <= 2.1 * 0.001 * 1e-3**2 < squares[0]
+
+
+def test_metrics_are_means_over_all_minibatches_and_micro_batches():
+    rng, results = random.Random(0), []
+    groups = [[Completion(random_ids(rng, n), [-8.2] * n, True) for n in lengths] for lengths in ((5, 9), (2, 7), (4, 4), (8, 1))]
+    rollout = Rollout([random_ids(rng, 9) for _ in groups], groups, torch.tensor([[1.0, -1.0]] * 4))
+    for minibatches, budget in ((1, 10_000), (4, 10_000), (1, 20)):
+        model = random_model(num_hidden_layers=1, tie_word_embeddings=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the policy stays: minibatches must find the same
+        config = GRPOConfig(minibatches=minibatches, token_budget=budget)
+        results.append(update(model, random_model(num_hidden_layers=1), optimizer, rollout, config))
+    for name in ("kl", "entropy", "clip_fraction"):
+        values = [result[name] for result in results]
+        assert values[0] > 0.01 and values == pytest.approx([values[0]] * 3, rel=1e-4), name
+    assert [result["loss"] for result in results] == pytest.approx([results[0]["loss"]] * 3, abs=1e-5)
 
 
 def test_other_processes_may_have_more_micro_batches(monkeypatch):
