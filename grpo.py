@@ -42,7 +42,7 @@ from tqdm import tqdm
 from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate, normalise, read_all, spread_problems, table
 from model import (
     PACK_LIMIT, PREFILL_TOKENS, SAMPLING_BUDGET, ChunkedLogProbs, Completion, ModelConfig, Tokenizer, Transformer, check_device,
-    completion_logprobs, generate, load_model, logprobs_and_entropy, pad, read_config, read_json, refuse_other_folders, save_model,
+    completion_logprobs, generate, load_model, logits_in_tokens, logprobs_and_entropy, pad, read_config, read_json, refuse_other_folders, save_model,
     write_model,
 )  # fmt: skip
 from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model, parse, setting, total_reward
@@ -771,7 +771,7 @@ def memory_plan(
     prompts, G, T = config.prompts // workers, config.group_size, config.max_new_tokens
     group = prompt_length + G * T
 
-    at_once = max(1, min(prompts, SAMPLING_BUDGET // group))  # prompts whose completions are sampled together
+    at_once = max(1, min(prompts, SAMPLING_BUDGET // (group + G * logits_in_tokens(model))))  # prompts whose completions are sampled together
     cache = 2 * model.num_layers * kv * number * at_once * group
     packed = 4 * block * model.num_layers + 4 * head
     copy = (number * n if sharded and (cuda or workers > 1 or number == 2) else 0) + (packed if not cuda and number == 4 and packed <= PACK_LIMIT else 0)
@@ -826,6 +826,10 @@ def print_plan(run: Run, memory: float) -> None:
     verdict = "fits into" if max(on_device) <= 0.95 * memory else "does NOT fit into"
     print(f"\npeak {max(on_device) / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB (5% left to libraries)", end="")
     print(f"; on the host {max(on_host) / unit:.1f} {label} in each process" if run.offload else "")
+    if sharded:
+        weights = plan["weights (fp32)"][0] * workers
+        loading = weights + plan["reference policy"][0] * workers
+        print(f"for a moment, on the host: {loading / unit:.1f} {label} in each process while loading, {3 * weights / unit:.1f} in the first while saving")
 
 
 def memory_of(device: str) -> float:

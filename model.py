@@ -74,7 +74,8 @@ class ModelConfig:
             "mlp_bias": given.get("mlp_bias"),
             "quantization_config": given.get("quantization_config"),
             "num_experts": given.get("num_experts") or given.get("num_local_experts"),
-            "hidden_act": given["hidden_act"] != "silu" and given["hidden_act"],
+            "hidden_act": given["hidden_act"] not in ("silu", "swish") and (given["hidden_act"] or "null"),
+            "is_causal": given.get("is_causal") not in (True, None) and "false",
             "partial_rotary_factor": rotated not in (1, None) and rotated,
             "tie_word_embeddings": given["tie_word_embeddings"] not in (True, False) and given["tie_word_embeddings"],
         }
@@ -87,8 +88,11 @@ class ModelConfig:
         for name in _SIZES:
             if type(given.get(name)) is not int or not 0 < given[name] < 2**31:
                 raise ValueError(f"config has {name} = {given.get(name)!r}; expected a positive whole number")
+        if given["num_hidden_layers"] > 1024 or given["hidden_size"] * max(given["vocab_size"], given["intermediate_size"]) > 2**40:
+            sizes = ", ".join(f"{name} = {given[name]}" for name in _SIZES[:4])
+            raise ValueError(f"config has {sizes}: is the file damaged? expected at most 1024 layers, and matrices of at most 2**40 numbers")
         head_dim = given.get("head_dim") or given["hidden_size"] // heads
-        if type(head_dim) is not int or not 2 <= head_dim < 2**31 or head_dim % 2 or heads % given["num_key_value_heads"]:
+        if type(head_dim) is not int or not 2 <= head_dim <= 2**16 or head_dim % 2 or heads % given["num_key_value_heads"]:
             raise ValueError(
                 f"config has {heads} heads of size {head_dim!r} for {given['num_key_value_heads']} key heads; "
                 "expected an even size and a multiple of the key heads"
@@ -576,6 +580,11 @@ def waves(
         yield wave
 
 
+def logits_in_tokens(config: ModelConfig) -> int:
+    """As many cached tokens take the memory of one row's logits and of the (up to twelve) tables that choosing makes of them."""
+    return 12 * config.vocab_size // (2 * config.num_layers * config.num_kv_heads * config.head_dim)
+
+
 @torch.inference_mode()
 def generate(
     model: Transformer,
@@ -593,15 +602,15 @@ def generate(
 
     `logprobs` are those of the raw logits, whatever temperature, top_p (in (0, 1]) and top_k (0: off) did; temperature 0 is
     greedy. A completion's random numbers depend only on seed, prompt, place in the group and position, so equal prompts have equal
-    groups and are computed once. At most `token_budget` tokens are held in caches at a time (one prompt's group at least):
-    2 * layers * kv_heads * head_dim numbers each. ValueError: an empty prompt, an id outside the vocabulary, a prompt that
+    groups and are computed once. At most `token_budget` tokens are held in caches at a time (one prompt's group at least), of
+    2 * layers * kv_heads * head_dim numbers each; the tables of logits count as if they were tokens. ValueError: an empty prompt, an id outside the vocabulary, a prompt that
     leaves no room for `max_new_tokens` in the model's context, settings out of range, logits that are not finite.
     """
     _check_settings(group_size, max_new_tokens, temperature, top_p, top_k, seed)
     _check_prompts(model.config, prompts, max_new_tokens)
     groups: dict[tuple[int, ...], list[Completion]] = {}
     with packed_weights(model):
-        for wave in waves(prompts, group_size, max_new_tokens, token_budget):
+        for wave in waves(prompts, group_size, max_new_tokens + logits_in_tokens(model.config), token_budget):
             rolls = np.stack([uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in range(group_size)])
             groups |= zip(wave, _sample(model, wave, group_size, rolls, (temperature, top_p, top_k), stop_ids))
     return [[Completion(c.tokens[:], c.logprobs[:], c.finished) for c in groups[tuple(prompt)]] for prompt in prompts]
@@ -609,25 +618,31 @@ def generate(
 
 def _check_settings(group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
     for name, value, fits, expected in (
-        ("group_size", group_size, group_size >= 1, "at least 1"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("group_size", group_size, _whole(group_size) and group_size >= 1, "a whole number from 1 up"),
+        ("max_new_tokens", max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 1, "a whole number from 1 up"),
         ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0 (greedy), or a number from 1e-6 up"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
-        ("top_k", top_k, top_k >= 0, "at least 0 (off)"),
-        ("seed", seed, abs(seed) < 2**63, "a number of 64 bits"),
+        ("top_k", top_k, _whole(top_k) and top_k >= 0, "a whole number from 0 (off) up"),
+        ("seed", seed, _whole(seed) and abs(seed) < 2**63, "a whole number of 64 bits"),
     ):
         if not fits:
             raise ValueError(f"cannot sample with {name} = {value!r}; expected {expected}")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer))
+
+
+def _check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
+    if not all(map(_whole, ids)) or not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        raise ValueError(f"{name} has ids from {min(ids)} to {max(ids)}, the vocabulary {config.vocab_size}: is it the model's tokenizer?")
 
 
 def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty, there is no last token to continue: give every prompt at least one token")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(
-                f"prompt {i} has ids from {min(prompt)} to {max(prompt)}, the vocabulary {config.vocab_size}: is it the model's tokenizer?"
-            )
+        _check_ids(config, f"prompt {i}", prompt)
         if len(prompt) + max_new_tokens > config.max_positions:
             raise ValueError(
                 f"prompt {i} with max_new_tokens takes {len(prompt)} + {max_new_tokens} positions, the model's context {config.max_positions}: "
@@ -713,7 +728,7 @@ def completion_logprobs(
     """Log-probabilities of given completions; P prompts, a list of completions for each -> (B, T) and mask (B, T), B rows in all.
 
     Differentiable; 0 where the mask is False. Each prompt goes through the network once, and logits never exist all at once.
-    ValueError: an empty prompt, or not a list for each.
+    ValueError: an empty prompt, not a list for each, an id outside the vocabulary.
     """
     return logprobs_and_entropy(model, prompts, completions)[:2]
 
@@ -724,7 +739,12 @@ def logprobs_and_entropy(
     """What completion_logprobs returns, and the policy's entropy (B, T) before each token, without gradient; in nats."""
     if len(prompts) != len(completions) or not all(prompts):
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} lists of completions; expected one for each, and no empty prompt")
+    for i, ids in enumerate(itertools.chain(prompts, *completions)):
+        if ids:
+            _check_ids(model.config, f"prompt {i}" if i < len(prompts) else f"completion {i - len(prompts)}", ids)
     device = model.device
+    if not prompts:
+        return torch.zeros(0, 0, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device), torch.zeros(0, 0, device=device)
     context = Packed(prompts, [[ids[:-1] for ids in group] for group in completions], device)  # no token follows the last
     places, start = [], 0  # a completion's first token is predicted at the end of its prompt, the others at the token before them
     for prompt, group in zip(prompts, completions):
@@ -791,7 +811,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -805,9 +825,10 @@ def _read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """One JSON object from a file; ValueError says which file and why."""
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
         raise ValueError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -847,6 +868,9 @@ def load_model(
     `scalar` as in read_config. Names and shapes are compared before anything is read; then each tensor goes from its file into the wanted dtype and device by
     itself, the largest first, so that memory peaks at hardly more than the weights.
     """
+    check_device(device)
+    if not dtype.is_floating_point:
+        raise ValueError(f"cannot load weights as {dtype}; expected a floating-point dtype")
     folder, config = Path(path), read_config(path, scalar)
     with torch.device("meta"):
         model = Transformer(config)
@@ -885,7 +909,7 @@ def _find_tensors(folder: Path, wanted: dict[str, nn.Parameter], config: ModelCo
                 places[name] = file, key
     missing = wanted.keys() - places.keys() - ({"lm_head.weight"} if config.tied else set())
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)!r}")
+        raise ValueError(f"{folder}: {len(missing)} missing: {', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''}")
     return places
 
 

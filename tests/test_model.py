@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import golden
@@ -10,6 +11,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import model as module
 from model import ModelConfig, Tokenizer, Transformer, load_model, rotary_frequencies, save_model
 
 RECORDED = json.loads(golden.FILE.read_text(encoding="utf-8"))
@@ -122,6 +124,10 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
         (dict(attention_bias=True), "attention_bias = True"),
         (dict(mlp_bias=True), "mlp_bias = True"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (dict(hidden_act=None), "hidden_act = 'null'"),
+        (dict(is_causal=False), "is_causal = 'false'"),
+        (dict(num_hidden_layers=200_000), "num_hidden_layers = 200000.*at most 1024 layers"),
+        (dict(vocab_size=2**31 - 1, hidden_size=2**31 - 2), "matrices of at most 2..40 numbers"),
         (dict(num_experts=8), "num_experts = 8"),
         (dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
@@ -218,11 +224,11 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w.pop(NORM), "1 tensors are missing, the first is 'layers.1.self_attn.q_norm.weight'"),
+        (lambda w: w.pop(NORM), "1 missing: layers.1.self_attn.q_norm.weight"),
         (lambda w: w.update({NORM: torch.ones(9)}), r"'model.layers.1.self_attn.q_norm.weight' has shape \(9,\), expected \(8,\)"),
         (lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}), "'model.layers.2.self_attn.q_norm.weight' has no place in a qwen3 model"),
         (lambda w: w.update({NORM.replace("weight", "bias"): torch.ones(8)}), "q_norm.bias' has no place"),
-        (lambda w: w.pop("lm_head.weight"), "the first is 'lm_head.weight'"),
+        (lambda w: w.pop("lm_head.weight"), "1 missing: lm_head.weight"),
         (lambda w: w.update({NORM: torch.ones(8, dtype=torch.int8)}), "q_norm.weight' is stored as I8, expected F32, F16 or BF16"),
         (lambda w: w.update({NORM: torch.ones(8).to(torch.float8_e4m3fn)}), "is stored as F8_E4M3, expected"),
         (lambda w: w.update({NORM.removeprefix("model."): torch.ones(8)}), "is there twice, also in model.safetensors"),
@@ -321,13 +327,20 @@ def test_saved_folders_carry_tokenizer_template_and_generation_config_unchanged(
     for name in ("model.safetensors", "config.json"):
         (source / name).write_bytes((tmp_path / "weights" / name).read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}\n", newline="")
+    for name in set(module._CARRIED) - {path.name for path in source.iterdir()}:
+        (source / name).write_text("{}")
     for name in ("pytorch_model.bin", "state.json"):
         (source / name).write_text("never loaded, never copied")
     save_model(load_model(source), tmp_path / "copy")
-    carried = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    carried = sorted(module._CARRIED)
     assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted([*carried, "config.json", "model.safetensors"])
     for name in carried:
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
+    loaded = load_model(source)
+    shutil.rmtree(source)
+    with pytest.raises(ValueError, match="no such folder any more"):
+        save_model(loaded, tmp_path / "late")
+    assert not (tmp_path / "late").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- tokenizer and chat

@@ -15,7 +15,7 @@ SHAPES = {
     "qwen3, 2 queries a key": RAW,
     "qwen3, 4 queries a key, tied": RAW | dict(num_key_value_heads=1, tie_word_embeddings=True),
     "llama, 1 query a key": RAW | dict(model_type="llama", num_key_value_heads=4),
-    "llama, 3 queries a key": RAW | dict(model_type="llama", num_attention_heads=6),
+    "llama, 3 queries a key": RAW | dict(model_type="llama", num_attention_heads=6, head_dim=8),
 }
 PROMPTS = [[5, 9, 2], [7, 7, 3, 11, 30, 8], [1]]
 STOPS = (4, 17, 23, 40)
@@ -123,6 +123,8 @@ def test_bf16_sampler_and_trainer_agree_as_far_as_bf16_allows(tiny):
     groups = generate(tiny, PROMPTS, group_size=3, max_new_tokens=9, stop_ids=STOPS)
     logprobs, mask = completion_logprobs(tiny, PROMPTS, tokens_of(groups))
     assert logprobs.dtype == torch.float32
+    for values in (logprobs[mask], torch.tensor([x for group in groups for c in group for x in c.logprobs])):
+        assert (values.bfloat16().float() != values).float().mean() > 0.9  # the softmax is not rounded to bf16
     sampled = torch.tensor([x for group in groups for c in group for x in c.logprobs])
     judge = completion_logprobs(exact, PROMPTS, tokens_of(groups))[0][mask]
     spread = (logprobs[mask] - judge).abs().max()  # what rounding to bf16 does to one of them
@@ -172,6 +174,27 @@ def test_a_completion_depends_on_seed_prompt_place_and_position_only(tiny):
     assert len({tuple(row) for group in groups for row in group}) == 9
 
 
+def test_random_numbers_depend_on_the_whole_prompt_and_stay_what_they_are():
+    drawn = [module.uniforms(0, prompt, 1, 3).tolist() for prompt in ([5, 9, 2], [9, 5, 2], [7, 2], [2])]
+    assert len(set(map(tuple, drawn))) == 4
+    assert drawn[0] == [0.610470568184734, 0.5921028112553963, 0.7709636947976136]  # recorded: seeds of earlier runs keep their meaning
+
+
+def test_a_common_start_of_the_prompts_changes_nothing(forwards, tiny, monkeypatch):
+    """It is computed once; pieces of the prefill are of a few tokens here, and one prompt is nothing but the start and a token."""
+    tiny.config = ModelConfig.from_json(RAW | dict(max_position_embeddings=512))
+    monkeypatch.setattr(module, "PREFILL_TOKENS", (30, 30))
+    start = [(7 * i) % 61 for i in range(40)]
+    prompts = [start, start + [3], start + [5] * 20, [*start, 8, 9], start + [5, 5]]
+    groups = generate(tiny, prompts, 2, 8, stop_ids=STOPS)
+    prefills = [(rows, tokens) for rows, tokens, context in forwards if not isinstance(context, Decoding)]
+    assert prefills[0] == (1, 39) and len(prefills) >= 3 and sum(rows for rows, _ in prefills[1:]) == 5
+    for prompt, group in zip(prompts, groups):
+        assert tokens_of([group]) == tokens_of(generate(tiny, [prompt], 2, 8, stop_ids=STOPS))
+        for c in group:
+            torch.testing.assert_close(torch.tensor(c.logprobs), plain_logprobs(tiny, prompt, c.tokens), atol=2e-5, rtol=1e-5)
+
+
 def test_each_distinct_prompt_is_computed_once_and_held_once(tiny, forwards):
     a, b, c = PROMPTS
     groups = generate(tiny, [a, b, a, c, a], group_size=4, max_new_tokens=3)
@@ -198,9 +221,9 @@ def test_waves_give_what_one_batch_gives(tiny, forwards):
     at_once = generate(tiny, prompts, 3, 6, stop_ids=STOPS)
     assert len([1 for _, tokens, _ in forwards if tokens > 1]) == 1
     forwards.clear()
-    in_waves = generate(tiny, prompts, 3, 6, stop_ids=STOPS, token_budget=60)
+    in_waves = generate(tiny, prompts, 3, 6, stop_ids=STOPS, token_budget=93)
     prefills = [(rows, tokens) for rows, tokens, context in forwards if not isinstance(context, Decoding)]
-    assert len(prefills) == 5 and all(rows * (tokens + 3 * 6) <= 60 for rows, tokens in prefills)
+    assert len(prefills) == 4 and all(rows * (tokens + 3 * (6 + 3)) <= 93 for rows, tokens in prefills)  # 3: tables of logits
     assert tokens_of(in_waves) == tokens_of(at_once)
 
 
@@ -213,6 +236,26 @@ def test_waves_hold_as_many_prompts_as_the_budget_allows():
 
 
 # ----------------------------------------------------------------------------------------------------------------- choosing a token
+
+
+def test_the_tables_of_logits_count_in_the_budget(forwards, tiny):
+    generate(tiny, [[i, 2, 3] for i in range(20)], 2, 2, token_budget=200)
+    # a row: 2 tokens, and 12 * 61 // (2 * 3 layers * 2 heads * 16) = 3 for its tables; a prompt: 3 + 2 * 5 = 13 of the 200
+    assert max(rows for rows, _, context in forwards if isinstance(context, Decoding)) == 2 * (200 // 13)
+
+
+def test_settings_of_choose_combine():
+    """By hand: probabilities .5 .25 .15 .1, squared and normalised at temperature 1/2: .7246 .1812 .0652 .0290."""
+    log_probs = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+
+    def chosen(uniform, **settings):
+        return choose(log_probs, torch.tensor([uniform], dtype=torch.float64), **dict(temperature=1.0, top_p=1.0, top_k=0) | settings).item()
+
+    # top-k first: of the three best (.9 together) .5 and .25 reach .8 * .9, so the third is out; top-p first would keep it (.75 < .8)
+    assert [chosen(u, top_k=3, top_p=0.8) for u in (0.66, 0.67, 0.999)] == [0, 1, 1]
+    assert [chosen(u, top_p=0.8) for u in (0.999, 0.84, 0.55)] == [2, 2, 0]
+    assert [chosen(u, temperature=0.5, top_p=0.9) for u in (0.79, 0.81, 0.999)] == [0, 1, 1]  # .7246 + .1812 reach .9; .5 + .25 would not
+    assert [chosen(u, temperature=0.5, top_k=2) for u in (0.79, 0.81, 0.999)] == [0, 1, 1]
 
 
 def test_choose_follows_the_distribution():
@@ -296,3 +339,15 @@ def test_broken_weights_say_so(tiny, value, settings):
         tiny.layers[0].mlp.down_proj.weight[3, 3] = value
     with pytest.raises(ValueError, match="logits are not finite"):
         generate(tiny, PROMPTS, 2, 4, **settings)
+
+
+def test_ids_outside_the_vocabulary_and_nothing_at_all(tiny):
+    for prompts, completions in (([[61]], [[[1]]]), ([[1]], [[[-1]]])):
+        with pytest.raises(ValueError, match="is it the model's tokenizer"):
+            completion_logprobs(tiny, prompts, completions)
+    assert [x.shape for x in completion_logprobs(tiny, [], [])] == [(0, 0), (0, 0)]
+    for settings in (dict(seed=1.5), dict(group_size=2.0), dict(top_k=2.5)):
+        with pytest.raises(ValueError, match="expected a whole number"):
+            generate(tiny, PROMPTS, **settings)
+    with pytest.raises(ValueError, match="is it the model's tokenizer"):
+        generate(tiny, [[1.7]])
