@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import ModelConfig, Tokenizer, Transformer, check_device, generate, load_model, read_json, waves
+from model import ModelConfig, Tokenizer, Transformer, check_device, generate, load_model, logits_in_tokens, read_json, waves
 from rewards import (
     ContentModel, distinct_share, early_options, load_content_model, logistic, mean, option_mentions, repetitions, stage_order, total_reward,
 )  # fmt: skip
@@ -110,9 +110,9 @@ def tactfultom(row: dict, lang: str) -> Items:
             if kind == "belief" and not any(option.startswith(about) for option in item["options"]):
                 item["left_out"] = "asks about one person, and all options speak of another"
             yield item
-    for name in ("comprehensionQA", *(f"{kind}{form}" for kind in ("infoAccessibilityQA", "answerabilityQA", "liedetectabilityQA") for form in ("s_binary", "_list", "s_list"))):
-        for _ in row.get(_key(name), ()):
-            yield dict(left_out="yes/no, or a list of names: no options to choose from")
+    for name, asked in row.items():
+        if name == "comprehensionqa" or name.endswith(("qasbinary", "qalist", "qaslist")):
+            yield from [dict(left_out="yes/no, or a list of names: no options to choose from")] * len(asked)
 
 
 def simpletom(row: dict, lang: str) -> Items:
@@ -178,10 +178,10 @@ def _recognise(file: Path, columns: set[str]) -> tuple[Reader | None, list[str]]
     reader = next((reader for reader in READERS if reader.columns <= columns), Reader("problems", set(), our_own))
     if reader.items not in (by_columns, our_own):
         return reader, []
-    patterns = (pattern for some in _OPTION.values() for pattern in some)
+    patterns, least = [pattern for some in _OPTION.values() for pattern in some], "abcd" if hard else "a"
     held = {
         "story": columns & {*_STORY["en"], *_STORY["zh"]}, "question": columns & {*_QUESTION["en"], *_QUESTION["zh"]},
-        "options": columns & set(_OPTION_LIST) or any({pattern.format(letter) for letter in "abcd"[: 4 if hard else 1]} <= columns for pattern in patterns),
+        "options": columns & set(_OPTION_LIST) or any({pattern.format(letter) for letter in least} <= columns for pattern in patterns),
         "answer": columns & set(_ANSWER),
     }  # fmt: skip
     missing = [part for part, columns in held.items() if not columns]
@@ -405,9 +405,10 @@ def evaluate(
     names = {tuple(prompt): _digest(prompt) for prompt in prompts}
     missing = [prompt for prompt, name in names.items() if name not in done]
     with tqdm(total=len(names), initial=len(names) - len(missing), desc=label, unit="prompt", disable=label is None, leave=False) as bar:
-        for wave in waves(missing, samples, max_new_tokens, token_budget):  # longest first
+        for wave in waves(missing, samples, max_new_tokens + logits_in_tokens(model.config), token_budget):  # as generate does, longest first
             groups = generate(model, wave, samples, max_new_tokens, temperature, top_p, 0, tokenizer.stop_ids, seed, token_budget)
-            texts = {names[prompt]: [(prefix + tokenizer.decode(c.tokens), len(c.tokens)) for c in group] for prompt, group in zip(wave, groups)}
+            decoded = [[(prefix + tokenizer.decode(c.tokens), len(c.tokens)) for c in group] for group in groups]
+            texts = dict(zip((names[prompt] for prompt in wave), decoded))
             if journal:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(line) + "\n" for line in texts.items())
@@ -448,7 +449,10 @@ def _fingerprint(model: Transformer) -> str:
 
 
 def _open_journal(journal: Path, settings: dict) -> dict[str, list[tuple[str, int]]]:
-    """The samples that a journal holds already, by prompt: a first line with the settings, then a line for each prompt. A torn last line is cut off."""
+    """The samples that a journal holds already, by prompt: a first line with the settings, then a line for each prompt.
+
+    A torn last line is cut off.
+    """
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     whole = [line for line in lines if line.endswith(b"\n")]
     try:
@@ -660,7 +664,8 @@ def read_result(path: Path) -> dict:
     value = read_json(path)
     try:
         parts = [value["responses"]] if "responses" in value else [part["responses"] for part in value.values()]
-        records = [_record(record) | {"item": (number, record.get("item", i))} for number, part in enumerate(parts) for i, record in enumerate(part)]
+        numbered = ((number, i, record) for number, part in enumerate(parts) for i, record in enumerate(part))
+        records = [_record(record) | {"item": (number, record.get("item", i))} for number, i, record in numbered]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a result of eval.py --json: {type(error).__name__} {error}") from None
     if not records:
@@ -718,8 +723,8 @@ def compare_rows(a: dict, b: dict, names: tuple[str, str]) -> list[list[str]]:
         return [label, str(count), *(_cell(value, length=length) for value in means), _cell(change, interval(draws), length)]
 
     rows = [["", "n", *names, "difference [95%]"], row("accuracy", len(pairs), paired(pairs))]
-    keys = dict(benchmark=lambda one: one["source"].partition("/")[0], file=lambda one: one["source"], ability=lambda one: one["ability"], variant=lambda one: one["variant"])
-    for key, of in keys.items():
+    keys: dict[str, Callable[[Scored], str]] = {name: lambda one, name=name: one[name] for name in ("source", "ability", "variant")}
+    for key, of in {"benchmark": lambda one: one["source"].partition("/")[0], **keys}.items():
         parts = {value: [pair for pair in pairs if of(pair[0]) == value] for value in sorted({of(one) for one, _ in pairs} - {""})}
         found = {value: paired(some) for value, some in parts.items()} if len(parts) > 1 else {}
         if found and key == "benchmark":
@@ -727,7 +732,8 @@ def compare_rows(a: dict, b: dict, names: tuple[str, str]) -> list[list[str]]:
         rows += [row(f"  {value}", len(parts[value]), some) for value, some in found.items()]
     for key in PROCESS:
         if key != "first_option":  # not every response has one
-            rows.append(row(key.replace("_", " "), len(pairs), paired(pairs, lambda one: mean([record[key] for record in one.records])), key == "length"))
+            found = paired(pairs, lambda one: mean([record[key] for record in one.records]))
+            rows.append(row(key.replace("_", " "), len(pairs), found, key == "length"))
     return rows + ([["in one of them only", "", *map(str, alone), ""]] if any(alone) else [])
 
 
@@ -801,8 +807,8 @@ def _html_trajectory(name: str, record: dict) -> str:
         for first, last in option_mentions(think[start:end], problem) if stage != STAGES[-1] else ():
             marks[start + first : start + last] = ["early"] * (last - first)
         if think[start:end].strip():
-            number = STAGES.index(stage) + 1 if stage else 0
-            passages.append(f'<section class="s{number}"><h4>{stage or "before the first stage"}</h4>{_marked(think[start:end], marks[start:end])}</section>')
+            number, title = STAGES.index(stage) + 1 if stage else 0, stage or "before the first stage"
+            passages.append(f'<section class="s{number}"><h4>{title}</h4>{_marked(think[start:end], marks[start:end])}</section>')
     body = "".join(passages) if response.well_formed else f"<p>not well-formed:</p><pre>{html.escape(record['text'])}</pre>" + "".join(passages)
     title = f"{name}: answer {response.answer or 'unreadable'}, {'right' if record['correct'] else 'wrong: ' + problem.answer}"
     terms = "".join(f"<span>{html.escape(badge)}</span>" for badge in badges)

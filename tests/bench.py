@@ -5,13 +5,14 @@
 
 `rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
 transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. `step` is a whole step of GRPO on
-such a rollout: sampling, reference (beta .04), update with AdamW, in fp32, with activation checkpointing and without, beside TRL's
-GRPOTrainer (to be installed too). `eval` answers the items of a benchmark greedily, with evaluate and with transformers' generate in
+such a rollout: sampling, reference (beta .04), update with AdamW, in fp32, with activation checkpointing (the default of both) and
+without, whole and in micro-batches, beside TRL's GRPOTrainer (to be installed too). `eval` answers the items of a benchmark greedily, with evaluate and with transformers' generate in
 batches of 16, padded left and sorted by length. Without --model the model is Qwen3-shaped with random weights: width 512, 8 layers,
 vocabulary 32000, 42M parameters. Sides take turns; times are medians; memory is the peak of a process of its own.
 """
 import argparse
 import ast
+import os
 import statistics
 import subprocess
 import sys
@@ -230,18 +231,18 @@ def step_peak(steps: str, folder: str, *settings) -> tuple[list[float], int]:
 
 def step(folder: Path, repeats: int) -> None:
     print(f"{folder}: one step of GRPO on {P} prompts of {PROMPT} x {G} completions of {NEW}, {torch.get_num_threads()} threads")
-    ours_with = {"checkpointing": (True, 8192), "checkpointing, --token-budget 512": (True, 512), "no checkpointing": (False, 8192)}
-    theirs_with = {"checkpointing": (True, P * G), "checkpointing, 4 micro-batches": (True, G), "no checkpointing": (False, P * G)}
+    ours_with = {"default": (True, 8192), "no checkpointing": (False, 8192), "--token-budget 1024": (True, 1024), f"--token-budget 1024, {LEAN}": (True, 1024)}
+    theirs_with = {"default": (True, P * G), "no checkpointing": (False, P * G), "4 micro-batches": (True, G), f"4 micro-batches, {LEAN}": (True, G)}
     found = {}
     for side, settings in (("their_steps", theirs_with), ("our_steps", ours_with)):
         for label, values in settings.items():
-            times, peak = in_a_process("step_peak", side, str(folder), *values, repeats + 1)
+            times, peak = in_a_process("step_peak", side, str(folder), *values, repeats + 1, lean=LEAN in label)
             found[side, label] = statistics.median(times[1:]), peak  # the first step warms up
-            print(f"  {'TRL ' if side == 'their_steps' else 'ours'} {label:33} {found[side, label][0]:5.1f} s   {peak / 2**20:5.0f} MiB", flush=True)
+            print(f"  {'TRL ' if side == 'their_steps' else 'ours'} {label:44} {found[side, label][0]:5.1f} s   {peak / 2**20:5.0f} MiB", flush=True)
     for label in ours_with:
         for other in theirs_with:
             (mine, my_peak), (its, its_peak) = found["our_steps", label], found["their_steps", other]
-            print(f"  ours {label:33} beside TRL {other:30}   {its / mine:.2f} x the steps per second, {my_peak / its_peak:.2f} x the memory")
+            print(f"  ours {label:44} beside TRL {other:40}   {its / mine:.2f} x the steps per second, {my_peak / its_peak:.2f} x the memory")
 
 
 def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
@@ -281,11 +282,14 @@ def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, bat
 # ---------------------------------------------------------------------------------------------------- in processes of their own
 
 
-def in_a_process(function: str, *arguments):
+LEAN = "MALLOC_MMAP_THRESHOLD_=4194304"  # glibc gives blocks of 4 MiB and more back at once; else it keeps some, and memory grows by the holes
+
+
+def in_a_process(function: str, *arguments, lean: bool = False):
     """What `function(*arguments)` of this file returns in a new process."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; torch.set_num_threads({torch.get_num_threads()}); "
     code += f"print(bench.{function}(*{arguments!r}))"
-    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | dict(filter(None, [lean and LEAN.split("=")]))).stdout.splitlines()
     return ast.literal_eval(lines[-1])
 
 
