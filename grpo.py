@@ -59,7 +59,7 @@ class GRPOConfig:
     """Settings of a run; the defaults are the paper's where it states them [P], ours elsewhere [O] (METHOD.md section 5)."""
 
     steps: int = setting(600, "steps, one rollout each [P]")
-    prompts: int = setting(4, "problems per step (P) [O]")
+    prompts: int = setting(4, "problems per step (P); under torchrun the next multiple of the processes [O]")
     group_size: int = setting(5, "completions per problem (G) [P]")
     lr: float = setting(5e-7, "learning rate of AdamW [P]")
     warmup_steps: int = setting(10, "steps until the learning rate is reached [O]")
@@ -1130,11 +1130,14 @@ def main() -> None:
     if args.cold_start:
         cold_start(args.cold_start, ColdStartConfig(), args.seed or 0)
         return
-    config, rewards = (choose_config(args, preset) for preset in (PAPER if args.model else TINY_PRESET))
+    workers = max(1, int(os.environ.get("WORLD_SIZE", 1)))  # as torchrun says
+    presets = PAPER if args.model else TINY_PRESET
+    if args.prompts is None:
+        args.prompts = -(-presets[0].prompts // workers) * workers  # so that they can be shared equally
+    config, rewards = (choose_config(args, preset) for preset in presets)
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     if args.offload and not args.device.startswith("cuda"):
         raise ValueError(f"--offload moves what a GPU cannot hold to the host; --device {args.device} is the host")
-    workers = max(1, int(os.environ.get("WORLD_SIZE", 1)))  # as torchrun says
     if config.prompts % workers:
         raise ValueError(f"--prompts {config.prompts}: {workers} processes share them equally; choose a multiple")
     if not planning and ("RANK" in os.environ or dtype != "float32" or args.offload):

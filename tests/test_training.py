@@ -161,6 +161,8 @@ def test_the_plan_of_a_large_model_loads_nothing(tmp_path, command, monkeypatch)
     assert re.search(r"^weights \(fp32\) +15\.0", out, re.M) and re.search(r"^AdamW's states \(fp32\) +30\.0", out, re.M)  # 4.02e9 x 4, x 8
     assert "does NOT fit into 24.0 GiB" in command(grpo.main, *flags, "--plan", "24")[1]
     assert "fits into 24.0 GiB" in command(grpo.main, *flags, "--plan", "24", "--offload")[1]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert ": 8 prompts of at most" in command(grpo.main, *flags, "--plan", "80")[1]  # 4 cannot be shared by eight
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert re.search(r"^weights \(fp32\) +3\.7", command(grpo.main, *flags, "--plan", "80")[1], re.M)
     assert not (tmp_path / "out").exists()
