@@ -174,10 +174,10 @@ READERS = (
 
 def _recognise(file: Path, columns: set[str]) -> tuple[Reader | None, list[str]]:
     """The reader of a file with these columns; or None, and the parts of a problem that no column holds."""
-    hard = file.suffix.lower() == ".csv"  # no other benchmark with a column for each part comes as CSV
     reader = next((reader for reader in READERS if reader.columns <= columns), Reader("problems", set(), our_own))
     if reader.items not in (by_columns, our_own):
         return reader, []
+    hard = file.suffix.lower() == ".csv" and reader.name != "socialiqa"  # ToMBench-Hard has ToMBench's columns, or others, but comes as CSV
     patterns, least = [pattern for some in _OPTION.values() for pattern in some], "abcd" if hard else "a"
     held = {
         "story": columns & {*_STORY["en"], *_STORY["zh"]}, "question": columns & {*_QUESTION["en"], *_QUESTION["zh"]},

@@ -107,6 +107,8 @@ def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
     assert [p.answer for p in read_benchmark(hub)] == ["A", "C"]
     zero_based = write(tmp_path, "zero.jsonl", lines(row | {"label": 0}, row | {"label": 2}))
     assert [p.answer for p in read_benchmark(zero_based)] == ["A", "C"]
+    as_csv = write(tmp_path, "rows.csv", "context,question,answerA,answerB,answerC,label\ns,q,x,y,z,3\n")
+    assert [(p.source, p.answer) for p in read_benchmark(as_csv)] == [("socialiqa/rows", "C")]
     letters = write(tmp_path, "v14.jsonl", lines(row | {"correct": "B"}))
     assert [p.answer for p in read_benchmark(letters)] == ["B"]
     write(tmp_path, "whole/dev.jsonl", lines(row | {"label": "1"}))
