@@ -467,7 +467,7 @@ def file_digest(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Of a file or of all files in a folder: names and sizes, and of all but the largest the content."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return digest({file.name: [file.stat().st_size, file_digest(file) if file.stat().st_size < 1 << 26 else ""] for file in files if file.exists()})
+    return digest({file.name: [file.stat().st_size, file_digest(file) if file.stat().st_size < 1 << 26 else ""] for file in files if file.exists()})[:16]
 
 
 def digest(state: dict) -> str:
@@ -493,6 +493,23 @@ def last_whole(out: Path) -> tuple[Path, dict]:
         except ValueError as error:
             tqdm.write(f"WARNING: {error}; looking for the checkpoint before it")
     raise ValueError(f"{out} holds no checkpoint that is whole: choose another --out to begin anew")
+
+
+def where_to_resume(run: "Run", asked: bool) -> Path | None:
+    """The checkpoint to go on from; None: begin. ValueError: a run that was not asked to go on, or with other settings or files."""
+    saved = checkpoints(run.out)
+    if not asked and (saved or (run.out / "metrics.jsonl").exists()):
+        raise ValueError(f"{run.out} holds a run already: go on with it (--resume), or choose another --out")
+    if not asked:
+        return None
+    if not saved and run.out.is_dir():
+        print(f"{run.out} holds no checkpoint yet: the run begins again")
+        return None
+    path, state = last_whole(run.out)
+    before, now = state["run"], run.saved()
+    if changed := [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in now.items() if before.get(key) != value]:
+        raise ValueError(f"cannot resume {path} with other settings: {'; '.join(changed)}")
+    return path
 
 
 def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
@@ -587,6 +604,7 @@ def train(run: Run, resume: Path | None = None) -> None:
         scorer.encode(problem.story, problem.question, [])  # a story that is too long says so now, not in the middle of the run
     model, reference, optimizer = load_policies(run, resume)
     first = read_json(resume / "state.json")["step"] if resume else 0
+    highest(0)  # now every process has looked whether there is a run already
     run.out.mkdir(parents=True, exist_ok=True)
     log = run.out / "metrics.jsonl" if first_process else Path(os.devnull)
     if first_process:
@@ -1156,15 +1174,7 @@ def main() -> None:
             raise ValueError("--plan for cuda, which this machine does not have: say how many GiB the card has, as in --plan 80")
         print_plan(run, args.plan * 2**30 or memory_of(args.device))
         return
-    saved, resume = checkpoints(out), None
-    if (saved or (out / "metrics.jsonl").exists()) and not args.resume:
-        raise ValueError(f"{out} holds a run already: go on with it (--resume), or choose another --out")
-    if args.resume and not saved and out.is_dir():
-        print(f"{out} holds no checkpoint yet: the run begins again")
-    elif args.resume:
-        resume, state = last_whole(out)
-        if changed := [f"{key} was {state['run'].get(key)!r}, is {value!r}" for key, value in run.saved().items() if state["run"].get(key) != value]:
-            raise ValueError(f"cannot resume {resume} with other settings: {'; '.join(changed)}")
+    resume = where_to_resume(run, args.resume)
     if rank() == 0:
         print(f"config: {json.dumps(run.saved())}")
     train(run, resume)
