@@ -467,7 +467,7 @@ def file_digest(path: Path) -> str:
 def fingerprint(path: Path) -> str:
     """Of a file or of all files in a folder: names and sizes, and of all but the largest the content."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return digest({file.name: [file.stat().st_size, file_digest(file) if file.stat().st_size < 1 << 26 else ""] for file in files if file.exists()})[:16]
+    return digest({str(file.relative_to(path)): [file.stat().st_size, file_digest(file) if file.stat().st_size < 1 << 26 else ""] for file in files if file.exists()})[:16]
 
 
 def digest(state: dict) -> str:
