@@ -814,7 +814,9 @@ def memory_plan(
         "weights to sample with": (copy, 0, 0, 0),
         "KV cache": (cache, 0, 0, 0),
         "weights and gradients gathered": (0, gathered, gathered + returning, gathered + returning),
+        # while sampling: gate and up of a piece of the prefill, and some copies of its residual stream
         "activations": (number * PREFILL_TOKENS[cuda] * (2 * f + 6 * d), kept + (0 if config.recompute else in_block), kept + at_work, at_work),
+        # while sampling: logits, their log-softmax and their softmax, in fp32
         "logits": (3 * 4 * at_once * G * model.vocab_size, logits, 0, 0),
     }
 
