@@ -466,8 +466,12 @@ def file_digest(path: Path) -> str:
 
 def fingerprint(path: Path) -> str:
     """Of a file or of all files in a folder: names and sizes, and of all but the largest the content."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return digest({str(file.relative_to(path)): [file.stat().st_size, file_digest(file) if file.stat().st_size < 1 << 26 else ""] for file in files if file.exists()})[:16]
+    found = {}
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            size = file.stat().st_size
+            found[str(file.relative_to(path))] = size, file_digest(file) if size < 1 << 26 else ""
+    return digest(found)[:16]
 
 
 def digest(state: dict) -> str:
@@ -608,7 +612,7 @@ def train(run: Run, resume: Path | None = None) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     log = run.out / "metrics.jsonl" if first_process else Path(os.devnull)
     if first_process:
-        kept = read_log(log)[:first]
+        kept = [line for line in read_log(log) if line["step"] < first]
         write_text(log, "".join(f"{json.dumps(line)}\n" for line in kept))
         if len(kept) < first:
             tqdm.write(f"WARNING: {log} has only {len(kept)} of the {first} steps before; the run goes on all the same")
@@ -666,16 +670,15 @@ def train(run: Run, resume: Path | None = None) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, one for each step from 0; what comes after a torn or missing one is left out."""
+    """The lines of metrics.jsonl, one for each step; torn ones are left out."""
     lines = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             value = json.loads(line)
         except ValueError:
-            break
-        if not isinstance(value, dict) or value.get("step") != len(lines):
-            break
-        lines.append(value)
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            lines.append(value)
     return lines
 
 
@@ -792,7 +795,8 @@ def memory_plan(
     at_once = max(1, min(prompts, SAMPLING_BUDGET // (group + G * logits_in_tokens(model))))  # prompts whose completions are sampled together
     cache = 2 * model.num_layers * kv * number * at_once * group
     packed = 4 * block * model.num_layers + 4 * head
-    copy = (number * n if sharded and (cuda or workers > 1 or number == 2) else 0) + (packed if not cuda and number == 4 and packed <= PACK_LIMIT else 0)
+    copy = number * n if sharded and (cuda or workers > 1 or number == 2) else 0  # one process has its fp32 weights whole already
+    copy += packed if not cuda and number == 4 and packed <= PACK_LIMIT else 0
 
     tokens = math.ceil(prompts / config.minibatches) * group
     several, tokens = tokens > config.token_budget, min(tokens, max(config.token_budget, prompt_length + T))

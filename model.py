@@ -603,8 +603,8 @@ def generate(
     `logprobs` are those of the raw logits, whatever temperature, top_p (in (0, 1]) and top_k (0: off) did; temperature 0 is
     greedy. A completion's random numbers depend only on seed, prompt, place in the group and position, so equal prompts have equal
     groups and are computed once. At most `token_budget` tokens are held in caches at a time (one prompt's group at least), of
-    2 * layers * kv_heads * head_dim numbers each; the tables of logits count as if they were tokens. ValueError: an empty prompt, an id outside the vocabulary, a prompt that
-    leaves no room for `max_new_tokens` in the model's context, settings out of range, logits that are not finite.
+    2 * layers * kv_heads * head_dim numbers each; the tables of logits count as if they were tokens. ValueError: an empty prompt,
+    an id outside the vocabulary, a prompt that leaves no room for `max_new_tokens` in the model's context, settings out of range, logits that are not finite.
     """
     _check_settings(group_size, max_new_tokens, temperature, top_p, top_k, seed)
     _check_prompts(model.config, prompts, max_new_tokens)

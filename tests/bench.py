@@ -289,7 +289,8 @@ def in_a_process(function: str, *arguments, lean: bool = False):
     """What `function(*arguments)` of this file returns in a new process."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; torch.set_num_threads({torch.get_num_threads()}); "
     code += f"print(bench.{function}(*{arguments!r}))"
-    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | dict(filter(None, [lean and LEAN.split("=")]))).stdout.splitlines()
+    environment = os.environ | dict([LEAN.split("=")] if lean else [])
+    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout.splitlines()
     return ast.literal_eval(lines[-1])
 
 

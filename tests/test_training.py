@@ -322,6 +322,8 @@ def test_a_torn_log_is_mended(tmp_path, capsys):
     log.write_text(log.read_text().splitlines()[0] + '\n{"step": 1, "rew')
     train(run_in(tmp_path, steps=2), resume=last_whole(tmp_path)[0])
     assert log_of(tmp_path) == lines[:1] and "has only 1 of the 2 steps before" in "".join(capsys.readouterr())
+    log.write_text("torn\n" + "".join(json.dumps({"step": step}) + "\n" for step in (0, 3, 1, 7)))  # a gap costs nothing but itself
+    assert [line["step"] for line in grpo.read_log(log)] == [0, 3, 1, 7]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
