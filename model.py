@@ -1,17 +1,42 @@
-"""A decoder-only transformer (Qwen3 and the Llama family), its sampler and its checkpoints; token ids in, token ids out.
+"""A decoder-only transformer, Qwen3 or Llama, and its sampler: token ids go in, token ids come out.
 
-Facts of the architecture are in METHOD.md section 7: RMSNorm, rotary positions on halves, grouped-query attention (Qwen3
-normalises each query and key head before rotation), SwiGLU, no biases. Module names are those of the checkpoints, so that
-loading is a comparison of names and shapes and nothing else. Norms, rotation tables, softmax and log-probabilities are
-computed in fp32 whatever the dtype of the weights.
+This page knows nothing of stories or rewards. It runs from the network to what reinforcement
+learning asks of it:
+
+    the transformer      RMSNorm, rotary positions, grouped-query attention, SwiGLU
+    how tokens attend    Packed: whole prompts and completions; Decoding: one new token of each
+    sampling             `generate`, and the loop inside it
+    log-probabilities    of given completions, with gradients: what the loss is made of
+    files                checkpoints, the tokenizer and its chat template
+
+Three decisions shape all of it.
+
+*A prompt is computed once.* GRPO samples a group of completions for each prompt and compares them.
+The prompt's keys and values are the same for the whole group, so they are computed once and kept
+once, while sampling (Decoding) and in training (Packed), where gradients flow back into the prompt
+from all of its completions.
+
+*The sampler's log-probabilities are those of the policy.* They are the log-softmax of the raw
+logits, taken before temperature or top-p change anything, and the sampler runs the same modules as
+the trainer. The two numbers for one token differ by rounding only: grpo.py logs the largest
+difference as `logprob_drift`. So the old policy's log-probabilities can be taken from the rollout
+and need no second pass.
+
+*Logits never exist all at once.* With a vocabulary of 151,936 the logits of twenty completions of
+1024 tokens take 12 GB, and their gradient as much again. The loss needs one number of each row, so
+logits are made for a few rows at a time, forward and backward (ChunkedLogProbs).
+
+The modules have the names that the checkpoints use, so loading compares names and shapes and does
+nothing else.
 """
+
+import copy
 import hashlib
-import itertools
 import json
 import math
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,165 +49,59 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------------------- config
+# ------------------------------------------------------------------------------- the transformer
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass needs from a checkpoint's config.json."""
+    """What the forward pass needs to know from a checkpoint's config.json."""
 
-    vocab_size: int
-    hidden_size: int  # of the residual stream
-    intermediate_size: int  # of the MLP
+    vocab_size: int  # V
+    hidden_size: int  # d, the width of the residual stream
+    intermediate_size: int  # the width inside the MLP
     num_layers: int
     num_heads: int  # of queries
-    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads queries
+    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads query heads
     head_dim: int  # not always hidden_size / num_heads
-    rope_theta: float  # base of the rotation's wavelengths
-    rope_scaling: dict | None  # llama3's settings, else None
+    rope_theta: float  # base of the rotations' wavelengths
+    rope_scaling: dict | None  # the settings of Llama 3.1 and later, or None
     norm_eps: float
-    tied: bool  # the head is the embedding
-    qk_norm: bool  # Qwen3: queries and keys are normalised per head
+    tied: bool  # the head reads the embedding's weight
+    qk_norm: bool  # Qwen3 normalises each head of the queries and keys
     max_positions: int
-    scalar: bool  # a sequence classifier with one score in place of the vocabulary: rewards.py's content model
-    raw: dict  # the whole file; saving writes it back, with the dtype of the weights
-
-    @staticmethod
-    def from_json(raw: dict) -> "ModelConfig":
-        """Read a Hugging Face config; what we cannot run exactly is refused by name (ValueError)."""
-        kind = raw.get("model_type")
-        if not isinstance(kind, str) or kind not in _DEFAULTS:
-            raise ValueError(f"model_type {kind!r} is not supported: expected 'qwen3' or 'llama'")
-        given = _DEFAULTS[kind] | raw
-        rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
-        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise ValueError(f"config has rope settings {rope!r}; expected one object for all layers")
-        layers = given.get("layer_types") or []
-        rotated = rope.get("partial_rotary_factor", given.get("partial_rotary_factor"))
-        refused = {
-            "use_sliding_window": given.get("use_sliding_window"),
-            "layer_types": [layer for layer in (layers if isinstance(layers, list) else [layers]) if layer != "full_attention"],
-            "attention_bias": given.get("attention_bias"),
-            "mlp_bias": given.get("mlp_bias"),
-            "quantization_config": given.get("quantization_config"),
-            "num_experts": given.get("num_experts") or given.get("num_local_experts"),
-            "hidden_act": given["hidden_act"] not in ("silu", "swish") and (given["hidden_act"] or "null"),
-            "is_causal": given.get("is_causal") not in (True, None) and "false",
-            "partial_rotary_factor": rotated not in (1, None) and rotated,
-            "tie_word_embeddings": given["tie_word_embeddings"] not in (True, False) and given["tie_word_embeddings"],
-        }
-        for name, value in refused.items():
-            if value:
-                raise ValueError(f"config has {name} = {value!r}, which this forward pass does not compute")
-
-        heads = given.get("num_attention_heads")
-        given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
-        for name in _SIZES:
-            if type(given.get(name)) is not int or not 0 < given[name] < 2**31:
-                raise ValueError(f"config has {name} = {given.get(name)!r}; expected a positive whole number")
-        if given["num_hidden_layers"] > 1024 or given["hidden_size"] * max(given["vocab_size"], given["intermediate_size"]) > 2**40:
-            sizes = ", ".join(f"{name} = {given[name]}" for name in _SIZES[:4])
-            raise ValueError(f"config has {sizes}: is the file damaged? expected at most 1024 layers, and matrices of at most 2**40 numbers")
-        head_dim = given.get("head_dim") or given["hidden_size"] // heads
-        if type(head_dim) is not int or not 2 <= head_dim <= 2**16 or head_dim % 2 or heads % given["num_key_value_heads"]:
-            raise ValueError(
-                f"config has {heads} heads of size {head_dim!r} for {given['num_key_value_heads']} key heads; "
-                "expected an even size and a multiple of the key heads"
-            )
-
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise ValueError(f"rope type {rope_type!r} is not supported: expected 'default' or 'llama3'")
-        theta = rope.get("rope_theta") or given["rope_theta"]
-        numbers = {"rope_theta": theta, "rms_norm_eps": given["rms_norm_eps"]}
-        if rope_type == "llama3":
-            numbers |= {name: rope.get(name) for name in _LLAMA3}
-        for name, value in numbers.items():
-            if type(value) not in (int, float) or not 0 < value < 1e30:
-                raise ValueError(f"config has {name} = {value!r}; expected a number above 0")
-        if rope_type == "llama3":
-            low, high, context = (rope[name] for name in _LLAMA3[1:])
-            if low >= high or given.get("original_max_position_embeddings", context) != context:
-                raise ValueError(
-                    f"config has rope settings {rope!r}; expected high_freq_factor above low_freq_factor, and one original context"
-                )
-        return ModelConfig(
-            vocab_size=given["vocab_size"],
-            hidden_size=given["hidden_size"],
-            intermediate_size=given["intermediate_size"],
-            num_layers=given["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=given["num_key_value_heads"],
-            head_dim=head_dim,
-            rope_theta=float(theta),
-            rope_scaling=rope if rope_type == "llama3" else None,
-            norm_eps=given["rms_norm_eps"],
-            tied=bool(given["tie_word_embeddings"]),
-            qk_norm=kind == "qwen3",
-            max_positions=given["max_position_embeddings"],
-            scalar="ForSequenceClassification" in str(given.get("architectures")),
-            raw=raw,
-        )
-
-
-_COMMON = dict(hidden_act="silu", rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=False)
-_DEFAULTS = {  # by model_type: what transformers assumes where config.json is silent
-    "qwen3": _COMMON | dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768),
-    "llama": _COMMON | dict(max_position_embeddings=2048),
-}
-_SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-)  # fmt: skip
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-# --------------------------------------------------------------------------------------------------------------- forward
-
-
-class Linear(nn.Module):
-    """x (..., inputs) -> (..., outputs), without bias."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs).normal_(std=0.02))
-        self.packed: Tensor | None = None  # for sampling on a CPU, see packed_weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(x, self)[0]
-
-
-def project(x: Tensor, *layers: Linear) -> Sequence[Tensor]:
-    """One x through several layers: a single product where their weights are packed, one below the other, in the first."""
-    if torch.compiler.is_compiling() or layers[0].packed is None:
-        return [F.linear(x, layer.weight) for layer in layers]
-    y = torch.ops.mkldnn._linear_pointwise(x, layers[0].packed, None, "none", [], "")
-    return y.split([len(layer.weight) for layer in layers], dim=-1)
+    scalar: bool  # one score in place of the vocabulary: the content model of rewards.py
+    raw: dict  # the whole file, which is written back on saving
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x / rms(x) * weight over the last dimension; any shape (..., size)."""
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        """Return x / rms(x) * weight over the last dimension, computed in float32 and rounded once.
+        """
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Angle per position of each pair of dimensions; (head_dim / 2,) in fp32."""
-    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
-    if config.rope_scaling:  # llama3: long waves are slowed by `factor`, short ones kept, those between blended
+    """Return the angle per position of each pair of dimensions; (head_dim / 2,) in float32."""
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    frequencies = 1 / config.rope_theta**exponents
+    if config.rope_scaling:
+        # Llama 3.1 stretches its context: waves that do not fit into the original context several
+        # times are slowed down by `factor`, short waves stay, and those between are blended.
         scaling = config.rope_scaling
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
@@ -190,205 +109,66 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles in fp32, the first half of sin negated; (B, T) -> (B, 1, T, head_dim) each."""
-    angles = positions[:, None, :, None] * frequencies  # (B, 1, T, head_dim / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    """Return cos and sin of every position's angles.
+
+    positions (B, T) -> cos, sin (B, 1, T, head_dim / 2) in float32
+    """
+    angles = positions[:, None, :, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (a, b) = (x_i, x_{i + head_dim / 2}) to (a cos - b sin, b cos + a sin); x (B, heads, T, head_dim)."""
-    wide = x.float()
-    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
-
-
-class Sequences:
-    """Attention within a padded batch, and the keys and values that it leaves for whatever follows.
-
-    `valid` (B, T) is False at padding. Row i may continue row `owner[i]` of an earlier batch, `prompts`, which several rows can
-    share: that prompt goes through the network once, and gradients flow back into it from all of them. Positions count valid
-    tokens only, so padding on the left, or between prompt and completion, changes nothing.
+    """Rotate each pair of dimensions (i, i + head_dim / 2) by its position's angle; x (B, heads, T,
+    head_dim).
     """
-
-    def __init__(self, valid: Tensor, prompts: "Sequences | None" = None, owner: Tensor | None = None):
-        self.valid, self.prompts, self.owner = valid, prompts, owner
-        whole = torch.cat((prompts.valid[owner], valid), dim=1) if prompts else valid  # (B, past + T)
-        past = whole.shape[1] - valid.shape[1]
-        self.positions = (whole.long().cumsum(dim=1) - 1).clamp(min=0)[:, past:]  # (B, T)
-        index = torch.arange(whole.shape[1], device=valid.device)
-        causal = index[None, :] <= index[past:, None]  # (T, past + T)
-        itself = index[None, :] == index[past:, None]  # padding attends to itself: a softmax over nothing is NaN
-        self.mask = (causal & whole[:, None, :] | itself)[:, None]  # (B, 1, T, past + T)
-        if not past and (valid[:, :-1] | ~valid[:, 1:]).all():  # nothing, or padding on the right, which nobody before it sees:
-            self.mask = None  # plain causal attention has faster kernels
-        self.keys: dict[int, Tensor] = {}  # by layer: (B, kv_heads, T, head_dim)
-        self.values: dict[int, Tensor] = {}
-
-    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of everything so far, what is continued included: (B, kv_heads, past + T, head_dim)."""
-        own = self.keys[layer], self.values[layer]
-        if not self.prompts:
-            return own
-        earlier = self.prompts.keys[layer][self.owner], self.prompts.values[layer][self.owner]
-        return torch.cat((earlier[0], own[0]), dim=2), torch.cat((earlier[1], own[1]), dim=2)
-
-    @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, T, head_dim), keys and values (B, kv_heads, T, head_dim) -> (B, heads, T, head_dim)."""
-        self.keys[layer], self.values[layer] = k, v
-        k, v = self.cache(layer)
-        if self.mask is not None and not q.is_cpu:  # a GPU's fast kernels take a mask or shared keys, not both
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=shared)
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
-class Packed:
-    """Prompts and their completions in one row without padding, [p1 | c11 | c12 | p2 | c21 ...], for training.
-
-    A token sees its prompt and what precedes it in its own completion, at the positions it would have alone. So a prompt goes
-    through the network once however many completions it has, and gradients flow back into it from all of them.
-    """
-
-    def __init__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]], device: torch.device):
-        self.groups = [len(group) for group in completions]
-        parts = [(ids, first) for p, group in zip(prompts, completions) for ids, first in ((p, 0), *((ids, len(p)) for ids in group))]
-        self.lengths = [len(ids) for ids, _ in parts]  # of p1, c11, c12, p2, ...
-        self.tokens = torch.tensor([[token for ids, _ in parts for token in ids]], dtype=torch.long, device=device)  # (1, N)
-        self.positions = torch.tensor([[i for ids, first in parts for i in range(first, first + len(ids))]], device=device)
-
-    @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(1, heads, N, head_dim), keys and values (1, kv_heads, N, head_dim) -> (1, heads, N, head_dim)."""
-        if not q.is_cpu:  # a GPU's fast kernels take a mask or shared keys, not both
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        attention = partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
-        parts, pieces = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v))), []
-        for count in self.groups:
-            own_q, prompt_k, prompt_v = next(parts)
-            pieces.append(attention(own_q, prompt_k, prompt_v, is_causal=True))
-            for own_q, own_k, own_v in itertools.islice(parts, count):
-                mask = torch.ones(own_q.shape[2], prompt_k.shape[2] + own_k.shape[2], dtype=torch.bool, device=q.device).tril(prompt_k.shape[2])
-                keys, values = torch.cat((prompt_k, own_k), dim=2), torch.cat((prompt_v, own_v), dim=2)
-                pieces.append(attention(own_q, keys, values, attn_mask=mask))
-        return torch.cat(pieces, dim=2)
-
-
-class Decoding:
-    """Attention of one new token per completion: to its prompt, held once for the whole group, and to its own tokens so far.
-
-    Where a batched cache would hold, and read, a prompt's keys once per completion, here all queries that attend to a prompt meet
-    its keys in one product. For that they stand on a grid of seats, prompts x kv heads x places in the group; in each seat the
-    n = heads / kv_heads queries that share one kv head. Rows that are done leave their seats empty, until every group has a place
-    less, or a prompt none left: then the grid shrinks.
-    """
-
-    def __init__(self, config: ModelConfig, lengths: Tensor, group_size: int, room: int, dtype: torch.dtype):
-        """For prompts of these `lengths` (P,), whose keys and values `take` brings, and `room` new tokens of each completion."""
-        P, L, device, self.kv_heads = len(lengths), int(lengths.max()), lengths.device, config.num_kv_heads
-        self.lengths, self.places, self.length = lengths, group_size, 0
-        self.owner = torch.arange(P, device=device).repeat_interleave(group_size)  # (B,) the prompt of each row, in order
-        layers, heads, size = range(config.num_layers), config.num_kv_heads, config.head_dim
-        self.prompt_keys, self.prompt_values = ([torch.zeros(P, heads, L, size, device=device, dtype=dtype) for _ in layers] for _ in "kv")
-        own = (P * heads * group_size, room, size)  # (seats, room, head_dim)
-        self.keys, self.values = ([torch.empty(own, device=device, dtype=dtype) for _ in layers] for _ in "kv")
-        padding = torch.arange(L, device=device) >= lengths[:, None]
-        self.bias = torch.zeros(P, heads, 1, L, device=device, dtype=dtype).masked_fill_(padding[:, None, None], -math.inf)
-        self._seat(torch.arange(group_size, device=device).repeat(P))
-
-    def take(self, start: int, prompts: Sequences) -> None:
-        """Keys and values of the prompts from number `start` on."""
-        for layer in range(len(self.keys)):
-            for cache, new in zip((self.prompt_keys[layer], self.prompt_values[layer]), prompts.cache(layer)):
-                cache[start : start + len(new), :, : new.shape[2]] = new
-
-    def _seat(self, place: Tensor) -> None:
-        """Put rows into these places (B,) of their groups: `seats` of every (row, kv head), and for every seat one that `sits` there."""
-        heads = torch.arange(self.kv_heads, device=place.device)
-        self.place = place
-        self.seats = ((self.owner[:, None] * self.kv_heads + heads) * self.places + place[:, None]).flatten()  # (B * K,)
-        self.sits = self.seats.new_zeros(len(self.lengths) * self.kv_heads * self.places)  # in an empty one the first, for nothing
-        self.sits[self.seats] = torch.arange(len(self.seats), device=place.device)
-
-    @property
-    def positions(self) -> Tensor:
-        return (self.lengths[self.owner] + self.length)[:, None]  # (B, 1)
-
-    @torch.compiler.disable  # bookkeeping; what surrounds it may be compiled
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, 1, head_dim), keys and values (B, K, 1, head_dim) -> (B, heads, 1, head_dim)."""
-        (B, K, _, D), seats, now = k.shape, len(self.sits), self.length + 1
-        keys, values, L = self.keys[layer][:, :now], self.values[layer][:, :now], self.bias.shape[3]  # (seats, now, D)
-        prompt_keys, prompt_values = self.prompt_keys[layer].flatten(0, 1), self.prompt_values[layer].flatten(0, 1)  # (P * K, L, D)
-
-        def of_groups(x: Tensor) -> Tensor:
-            """(seats, n, m) -> (P * K, places * n, m): one below the other what meets the same prompt."""
-            return x.view(len(prompt_keys), -1, x.shape[2])
-
-        keys[:, -1].index_copy_(0, self.seats, k.reshape(B * K, D))
-        values[:, -1].index_copy_(0, self.seats, v.reshape(B * K, D))
-        q = (q.reshape(B * K, -1).index_select(0, self.sits) * D**-0.5).view(seats, -1, D)  # (seats, n, D)
-        to_prompt = torch.baddbmm(self.bias.flatten(0, 1), of_groups(q), prompt_keys.transpose(1, 2)).view(seats, -1, L)
-        scores = torch.cat((to_prompt, torch.bmm(q, keys.transpose(1, 2))), dim=2)  # (seats, n, L + now)
-        weights = scores.softmax(dim=2, dtype=torch.float32).to(v.dtype)
-        out = torch.bmm(of_groups(weights)[:, :, :L], prompt_values).view(seats, -1, D)
-        out.baddbmm_(weights[:, :, L:], values)
-        return out.view(seats, -1).index_select(0, self.seats).view(B, -1, 1, D)
-
-    def drop(self, done: Tensor) -> Tensor:
-        """Forget the rows where `done` (B,); -> the old indices of those that stay, in order."""
-        stay = (~done).nonzero()[:, 0]
-        seats = self.seats.view(len(done), -1)[stay].flatten()
-        prompts, owner, counts = self.owner[stay].unique(return_inverse=True, return_counts=True)
-        places = int(counts.max()) if len(stay) else 0
-        if (len(prompts), places) == (len(self.lengths), self.places):
-            self.owner = owner
-            self._seat(self.place[stay])
-            return stay
-        self.lengths, self.bias, self.owner, self.places = self.lengths[prompts], self.bias[prompts], owner, places
-        self._seat(torch.arange(len(stay), device=done.device) - (counts.cumsum(0) - counts)[owner])  # the first ones of its group
-        before = seats[self.sits]  # the seat in which the new one's keys and values are
-        for layer in range(len(self.keys)):
-            for caches in (self.prompt_keys, self.prompt_values):
-                caches[layer] = caches[layer][prompts]
-            for caches in (self.keys, self.values):
-                old, caches[layer] = caches[layer], caches[layer].new_empty(len(before), *caches[layer].shape[1:])
-                caches[layer][:, : self.length] = old[before, : self.length]
-        return stay
-
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values of one layer -> what is attended to, see Sequences
+# What an attention layer calls with its queries, keys and values; see "how tokens attend" below.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
+    """Grouped-query attention. Which token attends to which is decided by `attend`, not here."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
-        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        d, size = config.hidden_size, config.head_dim
+        self.head_dim = size
+        self.q_proj = nn.Linear(d, config.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(d, config.num_kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(d, config.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * size, d, bias=False)
+        self.q_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        B, T, _ = x.shape  # (B, T, hidden_size)
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads or kv_heads, T, head_dim)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, head_dim)
+        """(B, T, d) -> (B, T, d)."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(
+            1, 2
+        )  # (B, heads, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(
+            1, 2
+        )  # (B, kv_heads, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -408,181 +188,277 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.source: Path | None = None  # the folder it was loaded from: its tokenizer files go along on saving
-        self.computes_on: torch.device | None = None  # where its weights are not: FSDP can keep them in the host's memory
-        self.checkpointing = False  # in training: keep each block's input only, and compute the block again on the way back
-        self.frequencies = rotary_frequencies(config)  # no buffer: it stays in fp32 when the model is cast
+        # The folder it was loaded from: on saving, the tokenizer's files are copied from there.
+        self.source: Path | None = None
+        # Where it computes, if its weights lie elsewhere: grpo.py can keep them in the host's
+        # memory.
+        self.computes_on: torch.device | None = None
+        # Activation checkpointing: keep what enters a block and compute the block again on the way
+        # back.
+        self.checkpointing = False
+        # A plain attribute and no buffer, so that it stays in float32 when the weights are cast.
+        self.frequencies = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if config.scalar:
-            self.score = Linear(config.hidden_size, 1)
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
         else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-
-    @property
-    def device(self) -> torch.device:
-        return self.computes_on or self.embed_tokens.weight.device
 
     def tie(self) -> None:
         """Let the head read the embedding's weight, where the config says so."""
         if self.config.tied and not self.config.scalar:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def hidden(self, tokens: Tensor, context: Sequences | Packed | Decoding) -> Tensor:
-        """Last hidden states of `tokens` (B, T), placed and attended to as `context` says; -> (B, T, hidden_size)."""
-        self.frequencies = self.frequencies.to(tokens.device)  # once
+    @property
+    def device(self) -> torch.device:
+        return self.computes_on or self.embed_tokens.weight.device
+
+    def hidden(self, tokens: Tensor, context: "Packed | Decoding") -> Tensor:
+        """Return the last hidden states of `tokens`; `context` knows their positions and what they
+        attend to.
+
+        (B, T) -> (B, T, d)
+        """
+        self.frequencies = self.frequencies.to(tokens.device)
         cos, sin = rotary_tables(context.positions, self.frequencies)
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
-            inputs = x, cos, sin, partial(context.attend, layer)
-            x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*inputs)
+            inputs = (x, cos, sin, partial(context.attend, layer))
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         return self.norm(x)
 
-    def logprobs(self, context: Packed, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (n,) of `targets` (n,), each predicted at one of `places` (n,) in the row, and the entropies (n,) there."""
-        hidden = self.hidden(context.tokens, context)[0, places]  # (n, d)
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the next token's logits at every position; (B, T) -> (B, T, V)."""
+        packed = Packed(tokens.tolist(), [[] for _ in tokens], tokens.device)
+        logits = self.lm_head(self.hidden(packed.tokens, packed))  # (1, B * T, V)
+        return logits.view(*tokens.shape, -1)
+
+    def logprobs(self, packed: "Packed", places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of `targets`, each predicted at its place in the row, and the
+        entropies there.
+
+        places (n,), targets (n,) -> (n,), (n,)
+        """
+        hidden = self.hidden(packed.tokens, packed)[0, places]  # (n, d)
         return ChunkedLogProbs.apply(hidden, self.lm_head.weight, targets)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Next-token logits; (B, T) -> (B, T, V)."""
-        return self.lm_head(self.hidden(tokens, Sequences(torch.ones_like(tokens, dtype=torch.bool))))
+
+# ------------------------------------------------------------------------------ how tokens attend
 
 
-# -------------------------------------------------------------------------------------------------------------- sampling
+class Packed:
+    """Prompts and completions in one row without padding: every prompt is followed by its
+    completions.
+
+        row        p  p  p | a  a | b  b  b | q  q | c  c    a and b complete p, c completes q
+        position   0  1  2   3  4   3  4  5   0  1   2  3    what each would have alone
+
+    A token attends to its prompt and to what precedes it in its own completion (x):
+
+               p  p  p  a  a  b  b  b  q  q  c  c
+          p    x  x  x
+          a    x  x  x  x  x
+          b    x  x  x        x  x  x                            the last token of each is drawn
+          c                            x  x  x  x
+
+    `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. With `keep_cache`,
+    `cache[layer]` holds the keys and values (1, kv_heads, N, D) of the row, for a Decoding that
+    goes on from here.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Sequence[int]]],
+        device: torch.device,
+        keep_cache: bool = False,
+    ):
+        self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep_cache else None
+        self.prompts: list[range] = []
+        self.completions: list[list[range]] = []
+        self.lengths: list[
+            int
+        ] = []  # of the segments: the prompts and completions that are not empty
+        self.prompt_of: list[
+            int | None
+        ] = []  # the prompt's segment, for each segment of a completion
+        tokens: list[int] = []
+        positions: list[int] = []
+
+        def append(ids: Sequence[int], first_position: int, prompt: int | None) -> range:
+            if len(ids):
+                self.lengths.append(len(ids))
+                self.prompt_of.append(prompt)
+            tokens.extend(ids)
+            positions.extend(range(first_position, first_position + len(ids)))
+            return range(len(tokens) - len(ids), len(tokens))
+
+        for prompt, group in zip(prompts, completions, strict=True):
+            segment = len(self.lengths) if len(prompt) else None
+            self.prompts.append(append(prompt, 0, None))
+            self.completions.append([append(ids, len(prompt), segment) for ids in group])
+        self.tokens = torch.tensor([tokens], dtype=torch.long, device=device)  # (1, N)
+        self.positions = torch.tensor([positions], dtype=torch.long, device=device)  # (1, N)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, heads, N, D), k and v (1, kv_heads, N, D) -> (1, heads, N, D)."""
+        if self.cache is not None:
+            self.cache[layer] = (k, v)
+        segments = list(zip(*(x.split(self.lengths, dim=2) for x in (q, k, v))))
+        outputs = []
+        for (queries, keys, values), prompt in zip(segments, self.prompt_of):
+            if prompt is not None:
+                _, prompt_keys, prompt_values = segments[prompt]
+                keys = torch.cat((prompt_keys, keys), dim=2)
+                values = torch.cat((prompt_values, values), dim=2)
+            # The last query sees all keys, the one before it all but the last key, and so on.
+            mask = causal_lower_right(queries.shape[2], keys.shape[2])
+            grouped = queries.shape[1] != keys.shape[1]
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    queries, keys, values, attn_mask=mask, enable_gqa=grouped
+                )
+            )
+        return torch.cat(outputs, dim=2)
+
+
+class Decoding:
+    """Attention of one new token in each row: to the prompt, which its group shares, and to what
+    the row has written.
+
+    Rows stand in a grid of slots, one line for each prompt. Here the second completion of q has
+    stopped, its row has left, and its slot is empty; what is computed there is never read:
+
+        keys of the prompts      keys of what was written, by slot
+        p  p  p  p               a  a  .  |  b  b  .  |  c  c  .
+        q  q  -  -               d  d  .  |           |  e  e  .
+
+    A batched cache would hold and read a prompt's keys once for each completion. Here all queries
+    of a group meet them in one product, which is most of what makes sampling fast. When every group
+    has an empty slot, or no row is left of a prompt, the grid shrinks. Letters: P prompts, G slots
+    each, K kv heads, n = heads / K queries on each, D = head_dim.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        prompt_lengths: Tensor,
+        group_size: int,
+        max_new_tokens: int,
+        dtype: torch.dtype,
+    ):
+        """Make room for prompts of these lengths (P,), which `fill` brings, and for the new tokens
+        of `group_size` rows each.
+        """
+        device, layers = prompt_lengths.device, range(config.num_layers)
+        P, L = len(prompt_lengths), int(prompt_lengths.max())
+        K, D = config.num_kv_heads, config.head_dim
+        prompt_shape = (P, K, L, D)
+        self.prompt_keys = [torch.zeros(prompt_shape, device=device, dtype=dtype) for _ in layers]
+        self.prompt_values = [torch.zeros(prompt_shape, device=device, dtype=dtype) for _ in layers]
+        shape = (P, K, group_size, max_new_tokens, D)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.prompt_lengths = prompt_lengths
+        beyond = torch.arange(L, device=device) >= prompt_lengths[:, None]  # (P, L)
+        bias = torch.zeros(P, 1, 1, L, device=device, dtype=dtype)
+        self.bias = bias.masked_fill_(beyond[:, None, None], -math.inf)
+        self.length = 0  # tokens that every row has written
+        prompt = torch.arange(P, device=device).repeat_interleave(group_size)
+        slot = torch.arange(group_size, device=device).repeat(P)
+        self._place(prompt, slot, (P, group_size))
+
+    def fill(self, first: int, packed: Packed) -> None:
+        """Copy the keys and values of prompts `first`, `first` + 1, ...: a common start, and each
+        prompt's rest as its completion.
+        """
+        start = packed.prompts[0]
+        sources, rows = [], []
+        for row, rest in enumerate(packed.completions[0], start=first):
+            sources += [*start, *rest]
+            rows += [row] * (len(start) + len(rest))
+        columns = packed.positions[0, sources]
+        for layer, (keys, values) in packed.cache.items():
+            self.prompt_keys[layer][rows, :, columns] = keys[0, :, sources].transpose(0, 1)
+            self.prompt_values[layer][rows, :, columns] = values[0, :, sources].transpose(0, 1)
+
+    def _place(self, prompt: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
+        """Put each row into a slot (rows,) of its prompt (rows,); an empty slot repeats what the
+        first row computes.
+        """
+        self.prompt, self.slot = prompt, slot
+        self.row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
+        self.row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions (rows, 1) of the tokens to come."""
+        return (self.prompt_lengths[self.prompt] + self.length)[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (rows, heads, 1, D), k and v (rows, K, 1, D) -> (rows, heads, 1, D)."""
+        rows, K, _, D = k.shape
+        (P, G), L = self.row_of_slot.shape, self.bias.shape[-1]
+        keys = self.keys[layer][:, :, :, : self.length + 1]  # (P, K, G, t, D)
+        values = self.values[layer][:, :, :, : self.length + 1]
+        keys[self.prompt, :, self.slot, -1] = k[:, :, 0]
+        values[self.prompt, :, self.slot, -1] = v[:, :, 0]
+
+        q = q.view(rows, K, -1, D)[self.row_of_slot]  # (P, G, K, n, D)
+        q = q.transpose(1, 2).contiguous() * D**-0.5  # (P, K, G, n, D)
+        to_prompt = q.view(P, K, -1, D) @ self.prompt_keys[layer].mT + self.bias  # (P, K, G * n, L)
+        to_written = q @ keys.mT  # (P, K, G, n, t)
+        scores = torch.cat((to_prompt.view(P, K, G, -1, L), to_written), dim=-1)
+        weights = scores.softmax(dim=-1)
+        out = weights[..., :L].reshape(P, K, -1, L) @ self.prompt_values[layer]  # (P, K, G * n, D)
+        out = out.view(q.shape) + weights[..., L:] @ values
+        return out[self.prompt, :, self.slot].view(rows, -1, 1, D)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these (indices, in order), and shrink the grid if a line or a column
+        of slots is empty.
+        """
+        prompt, slot = self.prompt[rows], self.slot[rows]
+        prompts, line, counts = prompt.unique(return_inverse=True, return_counts=True)
+        grid = (len(prompts), int(counts.max()))
+        if grid == self.row_of_slot.shape:
+            self._place(prompt, slot, grid)
+            return
+        first_of_line = counts.cumsum(0) - counts
+        column = torch.arange(len(rows), device=rows.device) - first_of_line[line]
+        self._place(line, column, grid)
+        self.prompt_lengths, self.bias = self.prompt_lengths[prompts], self.bias[prompts]
+        for layer in range(len(self.keys)):
+            for caches in (self.prompt_keys, self.prompt_values):
+                caches[layer] = caches[layer][prompts]
+            for caches in (self.keys, self.values):
+                old = caches[layer]
+                new = old.new_empty(grid[0], old.shape[1], grid[1], *old.shape[3:])
+                new[line, :, column, : self.length] = old[prompt, :, slot, : self.length]
+                caches[layer] = new
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+class Diverged(ValueError):
+    """Logits or weights are not finite: the weights are broken, or training has run away."""
 
 
 @dataclass
 class Completion:
-    tokens: list[int]  # sampled ids, closing stop token included
-    logprobs: list[float]  # log-softmax of the raw logits at those ids
-    finished: bool  # ended by a stop token, not by the length limit
-
-
-def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> tokens (B, T) and valid (B, T), padded with id 0 on `side`; nothing reads the mask back from the id."""
-    width = max(map(len, rows), default=0)
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    valid = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        tokens[i, where], valid[i, where] = torch.tensor(row, dtype=torch.long), True
-    return tokens.to(device), valid.to(device)
-
-
-def uniforms(seed: int, prompt: Sequence[int], place: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) that depend on seed, prompt and place in the group only; number t is for position t."""
-    key = hashlib.blake2b(np.array([seed, place, *prompt], dtype=np.int64).tobytes(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
-
-
-def choose(log_probs: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """One id per row by inverse CDF; log-softmax (B, V) in fp32, uniform (B,) in fp64 -> (B,). Temperature 0 is greedy."""
-    if temperature == 0:
-        return log_probs.argmax(dim=-1)
-    probs = (log_probs / temperature).softmax(dim=-1)  # at temperature 1 the same as exp, in a faster kernel
-    if top_k:
-        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.shape[-1])).values[:, -1:], 0.0)
-    if top_p < 1:  # keep the smallest set of ids that reaches top_p
-        ordered, order = probs.sort(dim=-1, descending=True)
-        reached = ordered.double().cumsum(dim=-1)
-        dropped = reached - ordered >= top_p * reached[:, -1:]
-        probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
-    return inverse_cdf(probs, uniform)
-
-
-def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
-    """The first id whose cumulative probability exceeds uniform * total; (B, V), (B,) in fp64 -> (B,).
-
-    In two levels, over blocks of ids and then inside the block that was hit: cumulative sums must be in fp64, or rare tokens are
-    rounded away, and one over the whole vocabulary would write an fp64 table of it at every step.
-    """
-    V = probs.shape[1]
-    if V % block:
-        probs = F.pad(probs, (0, -V % block))
-    blocks = probs.unflatten(1, (-1, block))  # (B, V / block, block)
-    sums = blocks.sum(dim=2).double()
-    edges = sums.cumsum(dim=1)
-    target = uniform[:, None] * edges[:, -1:]  # (B, 1)
-    hit = _first_above(edges, target)
-    share = (target - (edges - sums).gather(1, hit)) / sums.gather(1, hit)  # of the block's mass, below the target
-    inside = blocks.gather(1, hit[:, :, None].expand(-1, 1, block))[:, 0].double().cumsum(dim=1)  # (B, block)
-    chosen = hit * block + _first_above(inside, share.clamp(min=0) * inside[:, -1:])
-    return chosen[:, 0].clamp(max=V - 1)
-
-
-def _first_above(edges: Tensor, target: Tensor) -> Tensor:
-    """Index of the first edge above the target, which rounding must not put at or behind the last edge; some index for NaN."""
-    below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
-    return torch.searchsorted(edges, torch.minimum(target, below_last), right=True).clamp(max=edges.shape[1] - 1)
-
-
-@contextmanager
-def packed_weights(model: Transformer) -> Iterator[None]:
-    """Inside, the weights of a float32 model on a CPU also stand in the order in which oneDNN multiplies them with few rows.
-
-    A plain product of a handful of rows is several times slower than reading the weights from memory; this one is not (measured
-    by tests/bench.py). Packing costs about one pass over the weights and a second copy of them, so models above PACK_LIMIT
-    are left alone. The operators are private to torch, what torch.compile itself emits: where they are missing or wrong, nothing
-    happens.
-    """
-    weight = model.embed_tokens.weight
-    together = [[model.lm_head]]
-    for block in model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        together += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    size = sum(layer.weight.nbytes for layers in together for layer in layers)
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or size > PACK_LIMIT or not _packing_works():
-        together = []
-    try:
-        for layers in together:
-            layers[0].packed = _pack(torch.cat([layer.weight for layer in layers]) if layers[1:] else layers[0].weight)
-        yield
-    finally:
-        for layers in together:
-            layers[0].packed = None
-
-
-PACK_LIMIT = 4 << 30  # bytes
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # 16: about how many rows to expect
-
-
-@lru_cache
-def _packing_works() -> bool:
-    try:
-        with torch.random.fork_rng(devices=[]):  # a caller's random numbers stay the same
-            x, layer = torch.randn(3, 64), Linear(64, 128)
-        plain = layer(x)
-        layer.packed = _pack(layer.weight)
-        return torch.allclose(layer(x), plain, atol=1e-5)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    tokens: list[int]  # what was sampled, the closing stop token included
+    logprobs: list[float]  # log-softmax of the raw logits at those tokens
+    finished: bool  # ended by a stop token and not by the length limit
 
 
 SAMPLING_BUDGET = 65536  # tokens in caches at a time
-
-
-def waves(
-    prompts: Sequence[Sequence[int]], group_size: int, max_new_tokens: int, token_budget: int
-) -> Iterator[list[tuple[int, ...]]]:
-    """The distinct prompts, longest first; at a time as many as keep padded prompts and full completions in the budget, at least one."""
-    wave: list[tuple[int, ...]] = []
-    for prompt in sorted(dict.fromkeys(map(tuple, prompts)), key=len, reverse=True):
-        if wave and (len(wave) + 1) * (len(wave[0]) + group_size * max_new_tokens) > token_budget:
-            yield wave
-            wave = []
-        wave.append(prompt)
-    if wave:
-        yield wave
-
-
-def logits_in_tokens(config: ModelConfig) -> int:
-    """As many cached tokens take the memory of one row's logits and of the (up to twelve) tables that choosing makes of them."""
-    return 12 * config.vocab_size // (2 * config.num_layers * config.num_kv_heads * config.head_dim)
 
 
 @torch.inference_mode()
@@ -594,141 +470,380 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    stop_ids: tuple[int, ...] = (),
+    stop_ids: Sequence[int] = (),
     seed: int = 0,
     token_budget: int = SAMPLING_BUDGET,
 ) -> list[list[Completion]]:
-    """Sample `group_size` completions of each prompt -> P lists of G, as in METHOD.md section 8.
+    """Sample `group_size` completions of each prompt; return a list of P lists of G.
 
-    `logprobs` are those of the raw logits, whatever temperature, top_p (in (0, 1]) and top_k (0: off) did; temperature 0 is
-    greedy. A completion's random numbers depend only on seed, prompt, place in the group and position, so equal prompts have equal
-    groups and are computed once. At most `token_budget` tokens are held in caches at a time (one prompt's group at least), of
-    2 * layers * kv_heads * head_dim numbers each; the tables of logits count as if they were tokens. ValueError: an empty prompt,
-    an id outside the vocabulary, a prompt that leaves no room for `max_new_tokens` in the model's context, settings out of range, logits that are not finite.
+    Temperature 0 is greedy; top_p 1 and top_k 0 are off. The `logprobs` are those of the raw
+    logits, whatever these settings are. The random numbers of a completion depend only on the seed,
+    its prompt, its place in the group and the position, so its tokens do not depend on what else is
+    in the batch, and equal prompts have equal groups.
+
+    At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
+    `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
+    for `max_new_tokens` in the model's context, a setting out of range. Diverged: logits that are
+    not finite.
     """
-    _check_settings(group_size, max_new_tokens, temperature, top_p, top_k, seed)
-    _check_prompts(model.config, prompts, max_new_tokens)
-    groups: dict[tuple[int, ...], list[Completion]] = {}
-    with packed_weights(model):
-        for wave in waves(prompts, group_size, max_new_tokens + logits_in_tokens(model.config), token_budget):
-            rolls = np.stack([uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in range(group_size)])
-            groups |= zip(wave, _sample(model, wave, group_size, rolls, (temperature, top_p, top_k), stop_ids))
-    return [[Completion(c.tokens[:], c.logprobs[:], c.finished) for c in groups[tuple(prompt)]] for prompt in prompts]
+    settings = (group_size, max_new_tokens, temperature, top_p, top_k, stop_ids, seed, token_budget)
+    groups = dict(generate_stream(model, prompts, *settings))
+    return [copy.deepcopy(groups[tuple(prompt)]) for prompt in prompts]
 
 
-def _check_settings(group_size: int, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int) -> None:
-    for name, value, fits, expected in (
-        ("group_size", group_size, _whole(group_size) and group_size >= 1, "a whole number from 1 up"),
-        ("max_new_tokens", max_new_tokens, _whole(max_new_tokens) and max_new_tokens >= 1, "a whole number from 1 up"),
-        ("temperature", temperature, temperature == 0 or 1e-6 <= temperature < math.inf, "0 (greedy), or a number from 1e-6 up"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
-        ("top_k", top_k, _whole(top_k) and top_k >= 0, "a whole number from 0 (off) up"),
-        ("seed", seed, _whole(seed) and abs(seed) < 2**63, "a whole number of 64 bits"),
-    ):
-        if not fits:
-            raise ValueError(f"cannot sample with {name} = {value!r}; expected {expected}")
+@torch.inference_mode()
+def generate_stream(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    stop_ids: Sequence[int],
+    seed: int,
+    token_budget: int,
+) -> Iterator[tuple[tuple[int, ...], list[Completion]]]:
+    """Yield each distinct prompt with its group, long prompts first, as soon as it is sampled.
+
+    The settings and errors are those of `generate`.
+    """
+    sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+    check_sampling(group_size=group_size, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+    check_prompts(model.config, prompts, max_new_tokens)
+    pick = partial(choose, **sampling)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
+    places = range(group_size)
+    with reordered_weights(model):
+        for wave in waves(model.config, prompts, group_size, max_new_tokens, token_budget):
+            # Equal prompts have equal keys: a random number depends on them and on nothing else.
+            draws = [uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in places]
+            draws = torch.from_numpy(np.stack(draws)).to(model.device)  # (B, N)
+            completions = sample(model, wave, group_size, draws, pick, stops)
+            for i, prompt in enumerate(wave):
+                yield prompt, completions[i * group_size : (i + 1) * group_size]
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer))
-
-
-def _check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
-    if not all(map(_whole, ids)) or not 0 <= min(ids) <= max(ids) < config.vocab_size:
-        raise ValueError(f"{name} has ids from {min(ids)} to {max(ids)}, the vocabulary {config.vocab_size}: is it the model's tokenizer?")
-
-
-def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty, there is no last token to continue: give every prompt at least one token")
-        _check_ids(config, f"prompt {i}", prompt)
-        if len(prompt) + max_new_tokens > config.max_positions:
-            raise ValueError(
-                f"prompt {i} with max_new_tokens takes {len(prompt)} + {max_new_tokens} positions, the model's context {config.max_positions}: "
-                "shorten one"
-            )
-
-
-def _sample(
+def sample(
     model: Transformer,
     prompts: list[tuple[int, ...]],
     group_size: int,
-    rolls: np.ndarray,
-    settings: tuple[float, float, int],
-    stop_ids: tuple[int, ...],
-) -> list[list[Completion]]:
-    """One wave. rolls (B, N): the random number of each position of each completion; N is the length limit."""
-    device = model.embed_tokens.weight.device
-    B, N = rolls.shape
-    rolls, stops = torch.from_numpy(rolls).to(device), torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    logits, context = _prefill(model, prompts, group_size, N)
-    live = torch.arange(B, device=device)  # which completion each row is writing
-    sampled, logprobs = torch.zeros(B, N, dtype=torch.long, device=device), torch.zeros(B, N, device=device)
-    lengths, finished = torch.full((B,), N, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    draws: Tensor,
+    pick: Callable[[Tensor, Tensor], Tensor],
+    stops: Tensor,
+) -> list[Completion]:
+    """Sample completions of these prompts together, B = P * G rows at most N tokens long.
+
+    draws (B, N): a random number for each position. pick (rows, V), (rows,) -> (rows,) chooses the
+    tokens.
+    """
+    B, N = draws.shape
+    tokens = torch.zeros(B, N, dtype=torch.long, device=draws.device)
+    logprobs = torch.zeros(B, N, device=draws.device)
+    lengths = torch.full((B,), N, device=draws.device)
+    finished = torch.zeros(B, dtype=torch.bool, device=draws.device)
+
+    logits, context = prefill(model, prompts, group_size, N)  # (B, V)
+    rows = torch.arange(B, device=draws.device)  # the completions that are still being written
     for t in range(N):
-        log_probs = logits.float().log_softmax(dim=-1)
-        chosen = choose(log_probs, rolls[live, t], *settings)  # (live,)
-        sampled[live, t], logprobs[live, t] = chosen, log_probs.gather(1, chosen[:, None])[:, 0]
+        # 1. Sample a token for every row.
+        row_logprobs = logits.float().log_softmax(dim=-1)  # (rows, V)
+        chosen = pick(row_logprobs, draws[rows, t])
+        tokens[rows, t] = chosen
+        logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
+
+        # 2. Rows that stopped leave.
         stopped = torch.isin(chosen, stops)
         if stopped.any():
-            lengths[live[stopped]], finished[live[stopped]] = t + 1, True
-            order = context.drop(stopped)
-            live, chosen = live[order], chosen[order]
-        if not len(live) or t == N - 1:
+            lengths[rows[stopped]] = t + 1
+            finished[rows[stopped]] = True
+            stay = (~stopped).nonzero()[:, 0]
+            rows, chosen = rows[stay], chosen[stay]
+            if len(rows):
+                context.keep(stay)
+        if t == N - 1 or not len(rows):
             break
+
+        # 3. Feed the tokens back to get the next logits.
         logits = model.lm_head(model.hidden(chosen[:, None], context)[:, -1])
         context.length += 1
+
     if not logprobs.isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are broken, or training has diverged")
-    done = [
-        Completion(ids[:n], values[:n], end)
-        for ids, values, n, end in zip(sampled.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
-    ]
-    return [done[i : i + group_size] for i in range(0, B, group_size)]
+        raise Diverged("logits are not finite: the weights are broken, or training has diverged")
+    columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
+    return [Completion(ids[:n], values[:n], end) for ids, values, n, end in zip(*columns)]
 
 
-def _prefill(model: Transformer, prompts: list[tuple[int, ...]], group_size: int, room: int) -> tuple[Tensor, Decoding]:
-    """Logits of every completion's first token (B, V), and the context to continue in.
+def uniforms(seed: int, prompt: Sequence[int], place: int, count: int) -> np.ndarray:
+    """Draw `count` numbers in [0, 1) for one completion: number t is for position t.
 
-    What all prompts begin with (a system message, mostly) goes through the network once; the rest in pieces of few tokens, between
-    which no prompt waits for a much longer one.
+    They are a function of seed, prompt and place in the group. There is no generator whose state
+    would have to be saved, so a resumed run, a larger batch or a second process draw the same
+    numbers.
+    """
+    key = hashlib.blake2b(
+        np.array([seed, place, *prompt], dtype=np.int64).tobytes(), digest_size=16
+    )
+    philox = np.random.Philox(key=int.from_bytes(key.digest(), "little"))
+    return np.random.Generator(philox).random(count)
+
+
+def choose(
+    logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int
+) -> Tensor:
+    """Choose a token for each row, at temperature 0 the likeliest; first top-k, then top-p remove
+    tokens.
+
+    logprobs (rows, V) in float32, uniform (rows,) in float64 -> (rows,)
+    """
+    if temperature == 0:
+        return logprobs.argmax(dim=-1)
+    probs = (logprobs / temperature).softmax(dim=-1)
+    if top_k:
+        least = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
+        probs = probs.masked_fill(probs < least, 0.0)
+    if top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
+        ordered, order = probs.sort(dim=-1, descending=True)
+        reached = ordered.double().cumsum(dim=-1)
+        dropped = reached - ordered >= top_p * reached[:, -1:]
+        probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
+    return inverse_cdf(probs, uniform)
+
+
+def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
+    """Return the first id whose cumulative probability exceeds uniform * total; (rows, V), (rows,)
+    -> (rows,).
+
+    Cumulative sums must be in float64, or rare tokens are rounded away. One over the whole
+    vocabulary would write a float64 table of it for every token, so the search has two levels:
+    blocks of ids, then the ids of the block that was hit.
+    """
+    V = probs.shape[1]
+    blocks = F.pad(probs, (0, -V % block)).unflatten(1, (-1, block))  # (rows, V / block, block)
+    sums = blocks.sum(dim=2).double()
+    edges = sums.cumsum(dim=1)
+    target = uniform[:, None] * edges[:, -1:]  # (rows, 1)
+    hit = first_above(edges, target)
+    before = (edges - sums).gather(1, hit)
+    fraction = ((target - before) / sums.gather(1, hit)).clamp(min=0)  # of the block's probability
+    inside = blocks.gather(1, hit[:, :, None].expand(-1, 1, block))[:, 0]  # (rows, block)
+    edges_inside = inside.double().cumsum(dim=1)
+    chosen = hit * block + first_above(edges_inside, fraction * edges_inside[:, -1:])
+    return chosen[:, 0].clamp(max=V - 1)
+
+
+def first_above(edges: Tensor, target: Tensor) -> Tensor:
+    """Return the index of the first edge above the target; (rows, n), (rows, 1) -> (rows, 1).
+
+    Rounding must not put a target at the last edge or behind it, where no id has any probability.
+    """
+    below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
+    index = torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
+    return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index behind the end
+
+
+def prefill(
+    model: Transformer, prompts: list[tuple[int, ...]], group_size: int, max_new_tokens: int
+) -> tuple[Tensor, Decoding]:
+    """Run the prompts through the network; return logits (B, V) of all first tokens, and the
+    context to go on in.
+
+    Prompts mostly begin with the same system message: in each piece it is computed once. Pieces are
+    small, because a CPU is fastest while the activations fit into its caches, and a GPU's memory is
+    needed for other things.
     """
     weight = model.embed_tokens.weight
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    context = Decoding(model.config, lengths, group_size, room, weight.dtype)
-    start = _common_start(prompts)
-    shared = None
-    if start:
-        shared = Sequences(torch.ones(1, start, dtype=torch.bool, device=weight.device))
-        model.hidden(torch.tensor([prompts[0][:start]], device=weight.device), shared)
-    last = []  # hidden state of each prompt's last token
-    for piece in waves([prompt[start:] for prompt in prompts], 0, 0, PREFILL_TOKENS[weight.device.type != "cpu"]):
-        tokens, valid = pad(piece, "right", weight.device)
-        sequences = Sequences(valid, shared, torch.zeros_like(valid[:, 0], dtype=torch.long))
-        hidden = model.hidden(tokens, sequences)  # (rows, T, d)
-        context.take(len(last), sequences)
-        last += hidden[torch.arange(len(piece)), valid.sum(dim=1) - 1]
-    return model.lm_head(torch.stack(last)).repeat_interleave(group_size, dim=0), context
+    context = Decoding(model.config, lengths, group_size, max_new_tokens, weight.dtype)
+    start = common_start(prompts)
+    last_states = []
+    for piece in within_budget(
+        range(len(prompts)), lambda i: len(prompts[i]) - start, prefill_tokens(weight.device)
+    ):
+        rests = [prompts[i][start:] for i in piece]
+        packed = Packed([prompts[0][:start]], [rests], weight.device, keep_cache=True)
+        hidden = model.hidden(packed.tokens, packed)[0]  # (N, d)
+        context.fill(piece[0], packed)
+        last_states.append(hidden[[places[-1] for places in packed.completions[0]]])
+    logits = model.lm_head(torch.cat(last_states))  # (P, V)
+    return logits.repeat_interleave(group_size, dim=0), context
 
 
-PREFILL_TOKENS = (1024, 16384)  # in one piece, on a CPU (whose caches hold little more) and elsewhere
+def prefill_tokens(device: torch.device) -> int:
+    return 2048 if device.type == "cpu" else 16384
 
 
-def _common_start(prompts: list[tuple[int, ...]]) -> int:
-    """Number of tokens that all prompts begin with; 0 where that saves nothing. Everyone keeps a last token of their own."""
-    shortest = min(map(len, prompts)) - 1
-    start = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
-    return start if start >= 16 and len(prompts) > 1 else 0
+def common_start(prompts: list[tuple[int, ...]]) -> int:
+    """Return how many tokens all prompts begin with; 0 where sharing them saves nothing.
+
+    Each prompt keeps at least its last token for itself, because the first logits come from there.
+    """
+    length = 0
+    for ids in zip(*(prompt[:-1] for prompt in prompts)):
+        if len(set(ids)) > 1:
+            break
+        length += 1
+    return length if length >= 16 and len(prompts) > 1 else 0
+
+
+def within_budget(items: Sequence, size: Callable[[object], int], budget: int) -> Iterator[list]:
+    """Cut items into batches, in order: as many at a time as keep the sum of their sizes in the
+    budget, at least one.
+    """
+    batch, total = [], 0
+    for item in items:
+        if batch and total + size(item) > budget:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
+    if batch:
+        yield batch
+
+
+def waves(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    max_new_tokens: int,
+    token_budget: int,
+) -> Iterator[list[tuple[int, ...]]]:
+    """Cut the distinct prompts, longest first, into waves that are sampled one after the other.
+
+    A wave holds as many prompts as the budget allows, at least one. Each needs room for its tokens,
+    padded to the longest of the wave, and for its whole group; the tables of logits count as if
+    they were cached tokens.
+    """
+    group_tokens = group_size * (max_new_tokens + logits_in_tokens(config))
+    wave: list[tuple[int, ...]] = []
+    for prompt in sorted(dict.fromkeys(map(tuple, prompts)), key=len, reverse=True):
+        if wave and (len(wave) + 1) * (len(wave[0]) + group_tokens) > token_budget:
+            yield wave
+            wave = []
+        wave.append(prompt)
+    if wave:
+        yield wave
+
+
+def logits_in_tokens(config: ModelConfig) -> int:
+    """Return how many cached tokens take the memory of one row's logits and of the (up to twelve)
+    tables made from them.
+    """
+    numbers_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return 12 * config.vocab_size // numbers_per_token
+
+
+def is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer))
+
+
+SAMPLING_RULES = {
+    "group_size": (lambda n: is_whole(n) and n >= 1, "a whole number from 1 up"),
+    "max_new_tokens": (lambda n: is_whole(n) and n >= 1, "a whole number from 1 up"),
+    "temperature": (
+        lambda t: t == 0 or 1e-6 <= t < math.inf,
+        "0 (greedy), or a number from 1e-6 up",
+    ),
+    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
+    "top_k": (lambda k: is_whole(k) and k >= 0, "a whole number from 0 (off) up"),
+    "seed": (lambda s: is_whole(s) and abs(s) < 2**63, "a whole number of 64 bits"),
+}
+
+
+def check_sampling(**settings: float) -> None:
+    """ValueError names the setting that is out of range."""
+    for name, value in settings.items():
+        fits, expected = SAMPLING_RULES[name]
+        if not fits(value):
+            raise ValueError(f"cannot sample with {name} = {value!r}; expected {expected}")
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence, max_new_tokens: int) -> None:
+    """ValueError names the first prompt that cannot be continued."""
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {i} is empty: there must be a token to continue")
+        check_ids(config, f"prompt {i}", prompt)
+        if len(prompt) + max_new_tokens > config.max_positions:
+            length = f"{len(prompt)} + {max_new_tokens} positions"
+            context = f"the model's context {config.max_positions}"
+            raise ValueError(f"prompt {i} with max_new_tokens takes {length}, {context}")
+
+
+def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
+    """ValueError: something in `ids`, which are not empty, is not the id of a token."""
+    if not all(map(is_whole, ids)) or not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        found = f"ids from {min(ids)} to {max(ids)}, the vocabulary {config.vocab_size}"
+        raise ValueError(f"{name} has {found}: is it the model's tokenizer?")
+
+
+@contextmanager
+def reordered_weights(model: Transformer) -> Iterator[None]:
+    """Inside, a float32 model on a CPU multiplies with copies of its weights in the order in which
+    oneDNN reads them.
+
+    A plain product of a handful of rows is several times slower than reading the weights from
+    memory; this one is not, and rollouts take about 0.65 of the time. It costs one pass over the
+    weights and a second copy of them, so models above REORDER_LIMIT are left alone. The operators
+    are what torch.compile itself emits, but private to torch: where they are missing or wrong,
+    nothing happens.
+    """
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weight = model.embed_tokens.weight
+    fits = sum(linear.weight.nbytes for linear in linears) <= REORDER_LIMIT
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or not fits
+        or not reordering_works()
+    ):
+        linears = []
+    try:
+        for linear in linears:
+            linear.forward = partial(multiply_reordered, weight=reorder(linear.weight))
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+
+
+REORDER_LIMIT = 4 << 30  # bytes
+
+
+def reorder(weight: Tensor) -> Tensor:
+    rows_to_expect = 16
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_to_expect)
+
+
+def multiply_reordered(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x times the transposed weight, which `reorder` has made; no bias, no activation."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@lru_cache
+def reordering_works() -> bool:
+    x, weight = torch.linspace(-1, 1, 192).view(3, 64), torch.linspace(1, -1, 8192).view(128, 64)
+    try:
+        return torch.allclose(
+            multiply_reordered(x, reorder(weight)), F.linear(x, weight), atol=1e-4
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+# ----------------------------------------------------------------------------- log-probabilities
 
 
 def completion_logprobs(
     model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given completions; P prompts, a list of completions for each -> (B, T) and mask (B, T), B rows in all.
+    """Compute the log-probabilities of given completions: P prompts, and for each a list of token
+    lists.
 
-    Differentiable; 0 where the mask is False. Each prompt goes through the network once, and logits never exist all at once.
-    ValueError: an empty prompt, not a list for each, an id outside the vocabulary.
+    -> logprobs (B, T), mask (B, T); B completions, the first prompt's first, T the longest length
+
+    They are differentiable, and 0 where the mask is False. ValueError: an empty prompt, another
+    number of prompts than of lists, an id outside the vocabulary.
     """
     return logprobs_and_entropy(model, prompts, completions)[:2]
 
@@ -736,66 +851,109 @@ def completion_logprobs(
 def logprobs_and_entropy(
     model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What completion_logprobs returns, and the policy's entropy (B, T) before each token, without gradient; in nats."""
-    if len(prompts) != len(completions) or not all(prompts):
-        raise ValueError(f"{len(prompts)} prompts and {len(completions)} lists of completions; expected one for each, and no empty prompt")
-    for i, ids in enumerate(itertools.chain(prompts, *completions)):
-        if ids:
-            _check_ids(model.config, f"prompt {i}" if i < len(prompts) else f"completion {i - len(prompts)}", ids)
-    device = model.device
+    """Compute what completion_logprobs does, and the entropy before each token, in nats.
+
+    -> logprobs (B, T), mask (B, T), entropies (B, T), the last without gradient
+    """
+    check_completions(model.config, prompts, completions)
+    targets, mask = pad([ids for group in completions for ids in group], model.device)  # (B, T)
     if not prompts:
-        return torch.zeros(0, 0, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device), torch.zeros(0, 0, device=device)
-    context = Packed(prompts, [[ids[:-1] for ids in group] for group in completions], device)  # no token follows the last
-    places, start = [], 0  # a completion's first token is predicted at the end of its prompt, the others at the token before them
-    for prompt, group in zip(prompts, completions):
-        start += len(prompt)
-        last = start - 1
-        for ids in filter(None, group):
-            places += [last, *range(start, start + len(ids) - 1)]
-            start += len(ids) - 1
-    targets, mask = pad([ids for group in completions for ids in group], "right", device)  # (B, T)
-    logprobs, entropies = model.logprobs(context, torch.tensor(places, dtype=torch.long, device=device), targets[mask])
-    logprobs, entropies = (torch.zeros(mask.shape, dtype=x.dtype, device=device).masked_scatter(mask, x) for x in (logprobs, entropies))
-    return logprobs, mask, entropies
+        return torch.zeros(0, 0), mask, torch.zeros(0, 0)
+    # No token follows a completion's last one, so that one need not go through the network.
+    inputs = [[ids[:-1] for ids in group] for group in completions]
+    packed = Packed(prompts, inputs, model.device)
+    # A first token is predicted at the end of its prompt, every other one at the token before it.
+    places: list[int] = []
+    for p, group in enumerate(completions):
+        for g, ids in enumerate(group):
+            if len(ids):
+                places += [packed.prompts[p][-1], *packed.completions[p][g]]
+    places = torch.tensor(places, dtype=torch.long, device=model.device)  # (n,)
+    logprobs, entropies = model.logprobs(packed, places, targets[mask])
+    return unpack(logprobs, mask), mask, unpack(entropies, mask)
+
+
+def check_completions(
+    config: ModelConfig, prompts: list[list[int]], completions: list[list[list[int]]]
+) -> None:
+    if len(prompts) != len(completions) or not all(map(len, prompts)):
+        given = f"{len(prompts)} prompts and {len(completions)} lists of completions"
+        raise ValueError(f"{given}; expected one for each, and no empty prompt")
+    for i, (prompt, group) in enumerate(zip(prompts, completions)):
+        check_ids(config, f"prompt {i}", prompt)
+        for ids in filter(len, group):
+            check_ids(config, f"a completion of prompt {i}", ids)
+
+
+def pad(
+    rows: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long
+) -> tuple[Tensor, Tensor]:
+    """Put lists into one tensor, padded on the right; the mask, not the padding's 0, says what
+    counts.
+
+    -> values (B, T), mask (B, T)
+    """
+    width = max(map(len, rows), default=0)
+    values = torch.zeros(len(rows), width, dtype=dtype)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        values[i, : len(row)] = torch.tensor(row, dtype=dtype)
+        mask[i, : len(row)] = True
+    return values.to(device), mask.to(device)
+
+
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """Put values (n,) where the mask (B, T) is True, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
+        mask, values
+    )
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden weight^T) at the targets, and the entropy, for a few rows at a time, forward and backward.
+    """Compute log softmax(hidden @ weight.T) at the targets, and the entropy, for a few rows at a
+    time.
 
-    The logits of 20 completions of 1024 tokens over a vocabulary of 151,936 would take 12 GB, and their gradient as much again.
+    Forward, each chunk of logits is reduced to two numbers a row and forgotten. Backward, it is
+    made again. The gradient of a target's log-probability by its row of logits is
+
+        one-hot(target) - softmax(logits)
     """
 
     SIZE = 1 << 23  # numbers in one chunk of logits
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, d), (V, d), (n,) -> (n,), (n,)."""
+        """hidden (n, d), weight (V, d), targets (n,) -> log-probabilities (n,), entropies (n,)."""
         ctx.save_for_backward(hidden, weight, targets)
         ctx.rows = max(1, ChunkedLogProbs.SIZE // len(weight))
         chosen, entropies = [], []
-        for some, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
-            logprobs = at_least_float32(some @ weight.T).log_softmax(dim=1)  # (rows, V)
+        for states, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
+            logprobs = at_least_float32(states @ weight.T).log_softmax(dim=1)  # (rows, V)
             chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
-            entropies.append(-logprobs.exp().mul_(logprobs.clamp_(min=-1e4)).sum(dim=1))  # 0 * -inf would be NaN
-            del logprobs  # before the next ones are made
-        chosen, entropies = torch.cat(chosen), torch.cat(entropies)
+            # A probability of 0 has the log-probability -inf, and 0 * -inf would be NaN.
+            entropies.append(-logprobs.exp().mul_(logprobs.clamp_(min=-1e4)).sum(dim=1))
+            del logprobs  # before the next chunk is made
+        entropies = torch.cat(entropies)
         ctx.mark_non_differentiable(entropies)
-        return chosen, entropies
+        return torch.cat(chosen), entropies
 
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor, Tensor, None]:
-        """Of a target's log-probability by the logits: one-hot - softmax."""
+        """grad (n,) -> the gradients of hidden (n, d) and weight (V, d)."""
         hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for some, ids, factor in zip(*(x.split(ctx.rows) for x in (hidden, targets, grad[:, None]))):
-            probs = at_least_float32(some @ weight.T).softmax(dim=1)
-            probs.scatter_add_(1, ids[:, None], torch.full_like(factor, -1))
+        grad_hidden = []
+        # The chunks' contributions to the weight are summed in float32 at least.
+        grad_weight = at_least_float32(torch.zeros_like(weight))
+        chunks = zip(hidden.split(ctx.rows), targets.split(ctx.rows), grad[:, None].split(ctx.rows))
+        for states, ids, factor in chunks:
+            probs = at_least_float32(states @ weight.T).softmax(dim=1)
+            probs.scatter_add_(1, ids[:, None], torch.full_like(factor, -1))  # softmax - one-hot
             grad_logits = probs.mul_(-factor).to(weight.dtype)
             grad_hidden.append(grad_logits @ weight)
             if grad_weight.dtype == weight.dtype:
-                grad_weight.addmm_(grad_logits.T, some)
+                grad_weight.addmm_(grad_logits.T, states)  # without a second table of this size
             else:
-                grad_weight += grad_logits.T @ some  # chunks of bf16 are summed in fp32
+                grad_weight += grad_logits.T @ states
             del probs, grad_logits
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None
 
@@ -804,116 +962,205 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------- files
+
+
+# Values of config.json that this forward pass computes; what is not in the file counts as None.
+SUPPORTED = {
+    "model_type": ("qwen3", "llama"),
+    "hidden_act": ("silu", "swish"),
+    "tie_word_embeddings": (True, False),
+    "use_sliding_window": (None, False),
+    "attention_bias": (None, False),
+    "mlp_bias": (None, False),
+    "quantization_config": (None, {}),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "is_causal": (None, True),
+    "partial_rotary_factor": (None, 1),
+    "rope_type": ("default", "llama3"),
+}
+# What transformers assumes where config.json is silent.
+COMMON = dict(hidden_act="silu", rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False)
+QWEN3 = dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768)
+LLAMA = dict(max_position_embeddings=2048)
+SIZES = dict(vocab_size=2**24, hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=1024)
+SIZES |= dict(num_attention_heads=2**16, num_key_value_heads=2**16, head_dim=2**16)
+SIZES |= dict(max_position_embeddings=2**31)
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def parse_config(raw: dict) -> ModelConfig:
+    """Read a Hugging Face config; ValueError names what this forward pass does not compute."""
+    given = COMMON | (LLAMA if raw.get("model_type") == "llama" else QWEN3) | raw
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"config has rope settings {rope!r}; expected one object for all layers")
+    given |= {"rope_type": rope.get("type", "default")} | rope
+    for name, values in SUPPORTED.items():
+        if given.get(name) not in values:
+            expected = ", ".join(repr(value) for value in values if value is not None)
+            value = repr(given.get(name))
+            raise ValueError(f"config has {name} = {value}, not supported; expected {expected}")
+    layers = given.get("layer_types")
+    if layers and layers != ["full_attention"] * len(layers):
+        raise ValueError(f"config has layer_types = {layers!r}, not supported")
+    check_sizes(given)
+    llama3 = given["rope_type"] == "llama3"
+    for name in ("rope_theta", "rms_norm_eps", *LLAMA3_ROPE[: 4 * llama3]):
+        value = given.get(name)
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise ValueError(f"config has {name} = {value!r}; expected a number above 0")
+    if llama3 and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ValueError(f"config has {rope!r}; expected high_freq_factor above low_freq_factor")
+    if llama3 and raw.get(LLAMA3_ROPE[3], rope[LLAMA3_ROPE[3]]) != rope[LLAMA3_ROPE[3]]:
+        raise ValueError(f"config has {rope!r}, and another {LLAMA3_ROPE[3]} beside it")
+    return ModelConfig(
+        vocab_size=given["vocab_size"],
+        hidden_size=given["hidden_size"],
+        intermediate_size=given["intermediate_size"],
+        num_layers=given["num_hidden_layers"],
+        num_heads=given["num_attention_heads"],
+        num_kv_heads=given["num_key_value_heads"],
+        head_dim=given["head_dim"],
+        rope_theta=float(given["rope_theta"]),
+        rope_scaling=rope if llama3 else None,
+        norm_eps=given["rms_norm_eps"],
+        tied=given["tie_word_embeddings"],
+        qk_norm=given["model_type"] == "qwen3",
+        max_positions=given["max_position_embeddings"],
+        scalar="ForSequenceClassification" in str(given.get("architectures")),
+        raw=raw,
+    )
+
+
+def check_sizes(given: dict) -> None:
+    """Fill in the sizes that follow from others; ValueError names one that cannot be."""
+    heads, width = given.get("num_attention_heads"), given.get("hidden_size")
+    given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
+    if not given.get("head_dim") and type(heads) is int and type(width) is int:
+        given["head_dim"] = width // max(heads, 1)
+    for name, limit in SIZES.items():
+        value = given.get(name)
+        if type(value) is not int or not 0 < value <= limit:
+            raise ValueError(
+                f"config has {name} = {value!r}; expected a whole number, 1 to {limit}"
+            )
+    size, kv_heads = given["head_dim"], given["num_key_value_heads"]
+    if size % 2 or heads % kv_heads:
+        shape = f"{heads} heads of size {size} for {kv_heads} key heads"
+        raise ValueError(f"config has {shape}; expected an even size, a multiple of the key heads")
+
+
+def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
+    """Read a checkpoint's config: of a language model, or with `scalar` of one with a scalar head.
+
+    None takes either. ValueError: the other kind, or no such folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such model folder; expected config.json and weights in it")
+    config = parse_config(read_json(folder / "config.json"))
+    if scalar not in (config.scalar, None):
+        kinds = ("language model", "content model (with a scalar head)")
+        raise ValueError(f"{folder} is a {kinds[config.scalar]}; expected a {kinds[scalar]}")
+    return config
+
+
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    scalar: bool | None = False,
+) -> Transformer:
+    """Load a Hugging Face checkpoint folder, one safetensors file or several; `scalar` as in
+    read_config.
+
+    Names and shapes are compared before anything is read. Then each tensor goes from its file to
+    the wanted dtype and device by itself, the largest first, so that memory peaks at hardly more
+    than the weights. ValueError names what does not fit.
+    """
+    check_device(device)
+    if not dtype.is_floating_point:
+        raise ValueError(f"cannot load weights as {dtype}; expected a floating-point dtype")
+    folder = Path(path)
+    config = read_config(path, scalar)
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters = dict(model.named_parameters())
+    places = find_tensors(folder, dict(model.named_parameters(remove_duplicate=False)), config)
+    if config.tied and "lm_head.weight" in places:
+        head = read_tensor(*places["lm_head.weight"], device)
+        if not torch.equal(head, read_tensor(*places["embed_tokens.weight"], device)):
+            unequal = f"{folder}: lm_head.weight differs from the embedding"
+            raise ValueError(f"{unequal}, but config.json says tie_word_embeddings")
+    weights = {}
+    for name in sorted(parameters, key=lambda name: -parameters[name].numel()):
+        weights[name] = read_tensor(*places[name], device).to(dtype, copy=True)
+    model.load_state_dict(weights, strict=False, assign=True)  # strict would ask for a tied head
+    model.tie()
+    model.source = folder.resolve()
+    return model.requires_grad_(True).eval()
 
 
 def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device} cannot be used here: {reason}") from None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as UTF-8 text: {error}") from None
-
-
-def read_json(path: Path) -> dict:
-    """One JSON object from a file; ValueError says which file and why."""
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():  # one file goes before an index, as in transformers
-        return [folder / "model.safetensors"]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{index}: no weight_map")
-    for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: shard {name!r} is no name of a safetensors file in the checkpoint folder")
-    return [folder / name for name in sorted(set(shards.values()))]
-
-
-def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
-    """Of a checkpoint folder: a language model's, unless `scalar` asks for one with a scalar head (True) or takes either (None)."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such model folder; expected one with config.json and model.safetensors")
-    config = ModelConfig.from_json(read_json(folder / "config.json"))
-    if scalar not in (config.scalar, None):
-        kinds = "language model", "content model (with a scalar head)"
-        raise ValueError(f"{folder} is a {kinds[config.scalar]}; expected a {kinds[scalar]}")
-    return config
-
-
-def load_model(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, scalar: bool | None = False
-) -> Transformer:
-    """Load a Hugging Face checkpoint folder (single or sharded safetensors); ValueError names what does not fit.
-
-    `scalar` as in read_config. Names and shapes are compared before anything is read; then each tensor goes from its file into the wanted dtype and device by
-    itself, the largest first, so that memory peaks at hardly more than the weights.
-    """
-    check_device(device)
-    if not dtype.is_floating_point:
-        raise ValueError(f"cannot load weights as {dtype}; expected a floating-point dtype")
-    folder, config = Path(path), read_config(path, scalar)
-    with torch.device("meta"):
-        model = Transformer(config)
-    places = _find_tensors(folder, dict(model.named_parameters(remove_duplicate=False)), config)
-    if config.tied and (stored := places.pop("lm_head.weight", None)):
-        if not torch.equal(_read_tensor(*stored, device), _read_tensor(*places["embed_tokens.weight"], device)):
-            raise ValueError(f"{stored[0]}: lm_head.weight differs from the embedding, but config.json says tie_word_embeddings")
-
-    parameters = dict(model.named_parameters())
-    largest_first = sorted(parameters, key=lambda name: -parameters[name].numel())
-    loaded = {name: _read_tensor(*places[name], device).to(dtype, copy=True) for name in largest_first}
-    model.load_state_dict(loaded, strict=False, assign=True)  # strict would ask for a tied head
-    model.tie()
-    model.source = folder.resolve()
-    return model.requires_grad_(True).eval()
-
-
-def _find_tensors(folder: Path, wanted: dict[str, nn.Parameter], config: ModelConfig) -> dict[str, tuple[Path, str]]:
-    """Where each parameter is: its file and its name there. Reads headers only; ValueError names what does not fit."""
+def find_tensors(
+    folder: Path, wanted: dict[str, nn.Parameter], config: ModelConfig
+) -> dict[str, tuple[Path, str]]:
+    """Find each parameter's file and its name there; ValueError names what does not fit."""
     places: dict[str, tuple[Path, str]] = {}
-    for file in _weight_files(folder):
-        with _open_weights(file) as weights:
+    for file in weight_files(folder):
+        with open_weights(file) as weights:
             for key in weights.keys():
-                name, header = key.removeprefix("model."), weights.get_slice(key)
+                name = key.removeprefix("model.")
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # older checkpoints store rotation tables
                 if name not in wanted:
-                    raise ValueError(f"{file}: tensor {key!r} has no place in a {config.raw['model_type']} model of this config")
+                    kind = config.raw["model_type"]
+                    raise ValueError(f"{file}: tensor {key!r} has no place in this {kind} model")
                 if name in places:
-                    raise ValueError(f"{file}: tensor {key!r} is there twice, also in {places[name][0].name}")
+                    other = places[name][0].name
+                    raise ValueError(f"{file}: tensor {key!r} is there twice, also in {other}")
+                header = weights.get_slice(key)
                 shape, expected = tuple(header.get_shape()), tuple(wanted[name].shape)
                 if shape != expected:
                     raise ValueError(f"{file}: {key!r} has shape {shape}, expected {expected}")
                 if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    raise ValueError(f"{file}: {key!r} is stored as {header.get_dtype()}, expected F32, F16 or BF16: is the model quantised?")
-                places[name] = file, key
-    missing = wanted.keys() - places.keys() - ({"lm_head.weight"} if config.tied else set())
+                    stored = f"{file}: {key!r} is stored as {header.get_dtype()}"
+                    raise ValueError(f"{stored}, expected F32, F16 or BF16: is it quantised?")
+                places[name] = (file, key)
+    optional = {"lm_head.weight"} if config.tied else set()
+    missing = sorted(wanted.keys() - places.keys() - optional)
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} missing: {', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''}")
+        raise ValueError(f"{folder}: {len(missing)} missing: {', '.join(missing[:3])}")
     return places
 
 
-def _open_weights(file: Path, device: str = "cpu") -> safe_open:
+SHARD_NAME = re.compile(r"[^/]+\.safetensors")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint; a single one goes before an index, as in transformers."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{index}: no weight_map")
+    for name in shards.values():
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{index}: {name!r} is no name of a safetensors file in this folder")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def open_weights(file: Path, device: str = "cpu") -> safe_open:
     try:
         return safe_open(file, framework="pt", device=str(device))
     except FileNotFoundError:
@@ -922,40 +1169,58 @@ def _open_weights(file: Path, device: str = "cpu") -> safe_open:
         raise ValueError(f"{file}: not a safetensors file: {error}") from None
 
 
-def _read_tensor(file: Path, key: str, device: str) -> Tensor:
-    with _open_weights(file, device) as weights:  # anew for each tensor: an open file's pages stay in memory
+def read_tensor(file: Path, key: str, device: str) -> Tensor:
+    """Read one tensor; the file is opened anew for each, because the pages of an open file stay in
+    memory.
+    """
+    with open_weights(file, device) as weights:
         return weights.get_tensor(key)
 
 
-def refuse_other_folders(target: Path) -> None:
-    """ValueError when `target` holds anything but a checkpoint, or is the working directory: saving there would delete it."""
-    if not target.exists():
-        return
-    content = list(target.iterdir()) if target.is_dir() else [target]
+def read_text(path: Path) -> str:
     try:
-        is_checkpoint = "model_type" in read_json(target / "config.json") and any(path.suffix == ".safetensors" for path in content)
-    except ValueError:
-        is_checkpoint = False
-    if content and not is_checkpoint or any(path.is_dir() for path in content) or target.resolve() == Path.cwd():
-        raise ValueError(f"{target} is no checkpoint folder: saving there would delete it; choose another name")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; expected a checkpoint folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as UTF-8 text: {error}") from None
 
 
-def save_model(model: Transformer, path: str | Path) -> None:
-    """Write a checkpoint folder that other tools load; complete under its name or not there at all.
+def read_json(path: Path) -> dict:
+    """Read one JSON object from a file; ValueError says which file and why not."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
-    Replaces an older checkpoint, never another folder (ValueError).
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Hand out an empty folder, which takes the place of `target` when the block ends without an
+    error.
+
+    Everything in it is flushed to the disk before it is renamed: after a kill or a power cut there
+    is the old folder or the new one under this name, and never half of either.
     """
-    target = Path(path).resolve()
-    refuse_other_folders(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    replaced = temporary.with_name(f"{temporary.name}-old")
+    target = target.resolve()
+    temporary = target.with_name(f".{target.name}.new")
+    replaced = target.with_name(f".{target.name}.old")
+    for leftover in (temporary, replaced):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        write_model(model, temporary, {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()})
-        os.chmod(temporary, 0o755)
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes its files private
+            flush(path)
         if target.exists():
             os.rename(target, replaced)
         os.rename(temporary, target)
+        flush(target.parent)
     finally:
         if replaced.exists() and not target.exists():  # interrupted between the two
             os.rename(replaced, target)
@@ -963,85 +1228,96 @@ def save_model(model: Transformer, path: str | Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def flush(path: Path) -> None:
+    """Wait until the disk has what was written to this file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_model(model: Transformer, path: str | Path) -> None:
+    """Write a checkpoint folder that other tools load; it replaces an older checkpoint, never
+    another folder (ValueError).
+    """
+    refuse_other_folders(Path(path))
+    weights = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
+    with new_folder(Path(path)) as folder:
+        write_model(model, folder, weights)
+
+
+def refuse_other_folders(path: Path) -> None:
+    """ValueError: `path` holds anything but a checkpoint, which saving there would delete."""
+    target = path.resolve()
+    if not target.exists():
+        return
+    content = list(target.iterdir()) if target.is_dir() else [target]
+    try:
+        has_config = "model_type" in read_json(target / "config.json")
+    except ValueError:
+        has_config = False
+    has_weights = any(file.suffix == ".safetensors" for file in content)
+    is_checkpoint = has_config and has_weights and all(file.is_file() for file in content)
+    if target == Path.cwd() or content and not is_checkpoint:
+        raise ValueError(f"{target} is no checkpoint folder: saving there would delete it")
+
+
+# Copied unchanged from the folder that a model was loaded from.
+CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
+CARRIED += ("merges.txt", "tokenizer.model", "added_tokens.json", "generation_config.json")
+CARRIED += ("chat_template.jinja", "chat_template.json")
+
+
 def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Config, these weights (on the host), and the files of the tokenizer, into a folder that is there. ValueError: these are gone."""
+    """Write the config, these weights (on the host) and the tokenizer's files; ValueError: those
+    are gone.
+    """
     if model.source and not model.source.is_dir():
-        raise ValueError(f"{model.source}: no such folder any more; the model was loaded from there, and its tokenizer must be saved with it")
-    for name in _CARRIED if model.source else ():
-        if (model.source / name).is_file():
+        needed = "the tokenizer must be saved with the model that was loaded from there"
+        raise ValueError(f"{model.source}: no such folder any more; {needed}")
+    for name in CARRIED:
+        if model.source and (model.source / name).is_file():
             shutil.copyfile(model.source / name, folder / name)
-    state = {name if name in ("lm_head.weight", "score.weight") else f"model.{name}": weight for name, weight in weights.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    os.chmod(folder / "model.safetensors", 0o644)  # the library makes it private
-    dtype = next(iter(weights.values())).dtype
-    raw = model.config.raw | {"dtype": str(dtype).removeprefix("torch.")}
-    raw.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    heads = ("lm_head.weight", "score.weight")
+    named = {name if name in heads else f"model.{name}": weight for name, weight in weights.items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    raw = {name: value for name, value in model.config.raw.items() if name != "torch_dtype"}
+    config = json.dumps(raw | {"dtype": dtype}, indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
 
 
-_CARRIED = (  # goes along unchanged on saving
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------- tokenizer and chat
+# --------------------------------------------------------------------------- tokenizer and chat
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer with its chat template and its stop tokens; text in, token ids out, and back."""
+    """A checkpoint's tokenizer, chat template and stop tokens: text goes in, token ids come out,
+    and back.
+    """
 
     def __init__(self, path: str | Path):
         folder = Path(path)
-        if not (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder / 'tokenizer.json'}: no such file; expected the tokenizer of a Hugging Face checkpoint folder")
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises a bare Exception, or a panic, which is not even that
-            raise ValueError(f"{folder / 'tokenizer.json'}: not a tokenizer file: {error}") from None
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        options = {name: read_json(folder / name) if (folder / name).exists() else {} for name in _TOKEN_FILES}
-        settings = options["special_tokens_map.json"] | options["tokenizer_config.json"]
-        self.special_tokens = {  # bos_token and the like, which templates may use; older files store them as objects
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in settings.items()
-            if name.endswith("_token") and (isinstance(value, str) or isinstance(value, dict) and isinstance(value.get("content"), str))
-        }
-        self.template = self._find_template(folder, settings)
-        self.stop_ids = tuple(sorted(self._find_stops(folder, options)))
-        self.max_new_tokens = options["generation_config.json"].get("max_new_tokens") or 1024
+        self.backend = load_backend(folder / "tokenizer.json")
+        names = ("special_tokens_map", "tokenizer_config", "generation_config", "config")
+        files = {name: folder / f"{name}.json" for name in names}
+        options = {name: read_json(file) if file.exists() else {} for name, file in files.items()}
+        settings = options["special_tokens_map"] | options["tokenizer_config"]
+        self.special_tokens = parse_special_tokens(settings)
+        self.template = find_template(folder, settings)
+        stops = {self.special_tokens.get("eos_token"), "<|im_end|>", "<|eot_id|>", "<|endoftext|>"}
+        ids = {self.backend.token_to_id(token) for token in stops if token} - {None}
+        for name in ("generation_config", "config"):
+            ids |= parse_stop_ids(files[name], options[name].get("eos_token_id"))
+        self.stop_ids = tuple(sorted(ids))
+        self.max_new_tokens = options["generation_config"].get("max_new_tokens") or 1024
         if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise ValueError(f"{folder / 'generation_config.json'}: max_new_tokens is {self.max_new_tokens!r}; expected a whole number above 0")
-
-    @staticmethod
-    def _find_template(folder: Path, settings: dict) -> str | None:
-        if (folder / "chat_template.jinja").exists():
-            return _read_text(folder / "chat_template.jinja")
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
-        if template is not None and not isinstance(template, str):
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is {type(template).__name__}; expected text")
-        return template
-
-    def _find_stops(self, folder: Path, options: dict[str, dict]) -> set[int]:
-        """The ids of eos_token, of the usual ends of a turn, and of eos_token_id in both configs."""
-        names = (self.special_tokens.get("eos_token"), *_END_OF_TURN)
-        stops = {i for name in names if name and (i := self.backend.token_to_id(name)) is not None}
-        for file in ("generation_config.json", "config.json"):
-            given = options[file].get("eos_token_id")
-            ids = given if isinstance(given, list) else [] if given is None else [given]
-            if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-                raise ValueError(f"{folder / file}: eos_token_id is {given!r}; expected a token id or a list of them")
-            stops.update(ids)
-        return stops
+            given = f"{files['generation_config']}: max_new_tokens is {self.max_new_tokens!r}"
+            raise ValueError(f"{given}; expected a whole number above 0")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of a text, nothing added. Unless `special`, the name of a special token is text like any other.
+        """Return the ids of a text, nothing added; unless `special`, the name of a special token is
+        plain text.
 
         ValueError: half of a surrogate pair, which no file in UTF-8 can hold.
         """
@@ -1049,55 +1325,125 @@ class Tokenizer:
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens dropped."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    @cached_property
-    def _compiled(self) -> jinja2.Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
-        return environment.from_string(self.template)
+    def completion_text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """Return a completion as a parser should see it.
 
-    def render(self, messages: list[dict[str, str]], thinking: bool = True) -> str:
-        """The chat as text, by the checkpoint's own template, ending with the generation prompt."""
-        if not self.template:
-            raise ValueError("the checkpoint has no chat template: expected chat_template.jinja, or one in tokenizer_config.json")
-        variables = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True, enable_thinking=thinking)
-        try:
-            return self._compiled.render(self.special_tokens | variables)
-        except Exception as error:  # a template is a program: it can fail in any way
-            raise ValueError(f"the checkpoint's chat template failed: {' '.join(str(error).split())}") from None
+        Special tokens stay in the text, because some tokenizers declare <think> to be one; only the
+        closing stop token goes. Where the prompt ends by opening <think>, the policy goes on behind
+        that tag, so it is put back.
+        """
+        tokens = list(tokens)
+        if tokens and tokens[-1] in self.stop_ids:
+            tokens.pop()
+        end_of_prompt = self.backend.decode(list(prompt[-16:]), skip_special_tokens=False)
+        opened = "<think>" if end_of_prompt.rstrip().endswith("<think>") else ""
+        return opened + self.backend.decode(tokens, skip_special_tokens=False)
 
     def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:
-        """Ids of a chat, generation prompt included."""
+        """Return the ids of a chat that ends with the generation prompt."""
         return self.encode(self.render(messages, thinking))
 
-    def think_prefix(self, thinking: bool = True) -> str:
-        """"<think>" where the generation prompt itself opens that tag, so that the parser must be given it back."""
-        return "<think>" if self.render([{"role": "user", "content": "?"}], thinking).rstrip().endswith("<think>") else ""
+    def render(self, messages: list[dict[str, str]], thinking: bool = True) -> str:
+        """Return the chat as text by the checkpoint's own template; ValueError: it has none, or it
+        fails.
+        """
+        if not self.template:
+            raise ValueError("the checkpoint has no chat template (chat_template.jinja)")
+        variables = dict(messages=messages, tools=None, documents=None)
+        variables |= dict(add_generation_prompt=True, enable_thinking=thinking)
+        try:
+            return self.compiled_template.render(self.special_tokens | variables)
+        except Exception as error:  # a template is a program: it can fail in any way
+            message = " ".join(str(error).split())
+            raise ValueError(f"the checkpoint's chat template failed: {message}") from None
+
+    @cached_property
+    def compiled_template(self) -> jinja2.Template:
+        """Compile the template in a sandbox, with the functions that templates expect to find."""
+        extensions = ["jinja2.ext.loopcontrols", GenerationTag]
+        options = dict(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = ImmutableSandboxedEnvironment(**options)
+        environment.filters["tojson"] = to_json
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return environment.from_string(self.template)
 
 
-_TOKEN_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+def load_backend(file: Path) -> tokenizers.Tokenizer:
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; expected a checkpoint's tokenizer")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises a bare Exception, or even a panic
+        raise ValueError(f"{file}: not a tokenizer file: {error}") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:  # as templates call it
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def parse_special_tokens(settings: dict) -> dict[str, str]:
+    """Return bos_token and the like, which templates may use; some files store them as objects with
+    a "content".
+    """
+    tokens = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = value.get("content")
+        if name.endswith("_token") and isinstance(value, str):
+            tokens[name] = value
+    return tokens
 
 
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+def find_template(folder: Path, settings: dict) -> str | None:
+    """Return the chat template, from a file of its own or from tokenizer_config.json."""
+    if (folder / "chat_template.jinja").exists():
+        return read_text(folder / "chat_template.jinja")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several with names
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
+    if not isinstance(template, str | None):
+        file, kind = folder / "tokenizer_config.json", type(template).__name__
+        raise ValueError(f"{file}: chat_template is {kind}; expected text")
+    return template
 
 
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %} marks text that trainers of other libraries learn; it renders as it is."""
+def parse_stop_ids(file: Path, given: object) -> set[int]:
+    """Return eos_token_id as a set: it may be missing, an id, or a list of ids."""
+    if given is None:
+        return set()
+    ids = given if isinstance(given, list) else [given]
+    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
+        raise ValueError(
+            f"{file}: eos_token_id is {given!r}; expected a token id or a list of them"
+        )
+    return set(ids)
+
+
+def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Do what templates expect of their filter `tojson`, whose defaults are not those of jinja."""
+    options = dict(ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys)
+    return json.dumps(x, indent=indent, **options)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class GenerationTag(Extension):
+    """{% generation %} ... {% endgeneration %} marks what trainers of other libraries learn; it
+    renders as it is.
+    """
 
     tags = {"generation"}
 
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)

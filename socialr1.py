@@ -1,51 +1,66 @@
-"""Problems, the SIP response format, and generated stories: everything about *text*; nothing here needs torch.
+"""Problems, the four-stage response and generated stories: everything about text.
 
-The reasoning that Social-R1 asks for runs through four stages of Social Information Processing (METHOD.md section 2) [P]:
+A problem is a short story and a multiple-choice question about what somebody in it believes, wants,
+feels, intends or knows. The paper observes that language models often start from the options and
+then find reasons for one of them. Social-R1 asks them to reason as people are thought to do, in the
+four stages of Social Information Processing (SIP), and to answer afterwards [P]:
 
     <think>
-    Cue Encoding: ...            what was perceived, and by whom
-    Cue Interpretation: ...      what the person therefore believes
-    Goal Clarification: ...      what the person wants
+    Cue Encoding: ...            what happened, and who perceived it
+    Cue Interpretation: ...      what people therefore believe
+    Goal Clarification: ...      what they want
     Response Generation: ...     what follows, and which option says so
     </think>
     <Answer> B </Answer>
 
-The second half of the file is a small simulator [O], our stand-in for ToMBench-Hard's training examples. It replays events
-(who put what where, who was away, who peeked, who told whom what), keeps for every person what that person perceived and what
-each knows of the others, and writes from it an English story, a question, four options, and the gold trace. Every story has a
-*control twin*: nearly the same story, in which the shortcut ("people know what I, the reader, know") happens to be right.
+The first part of this file holds the problem, the prompt that asks for this form, and the parser of
+responses. The second part is a small simulator of our own, which stands in for the training
+questions of the paper: it replays events, keeps for every person what that person perceived, and
+writes from it a story, a question, four options and a correct response. Last come the few things
+that all command lines share. Nothing here needs torch.
+
+In all files, [P] marks what the paper (arXiv 2603.09249) states, and [O] marks our own choice where
+the paper is silent.
 """
+
 import argparse
 import csv
 import io
+import itertools
 import json
+import math
+import operator
 import os
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 STAGES = ("Cue Encoding", "Cue Interpretation", "Goal Clarification", "Response Generation")
+ASSETS = Path(__file__).parent / "assets"
+TINY = ASSETS / "tiny"  # the embedded policy
+TINY_CONTENT = ASSETS / "content"  # its content model
 
-
-# ---------------------------------------------------------------------------------------------- problems and responses
+# ------------------------------------------------------------------------------ problem and prompt
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One multiple-choice question about a story.
+    """A multiple-choice question about a story.
 
-    `variant` is "hard" or "control" for generated stories; twins share source and id. Problems of one source with the same `joint`
-    count as one, right when all are (EmoBench asks for an emotion and its cause).
+    Generated problems come in pairs, a "hard" one and its "control" (`variant`), which have the
+    same source and id. Problems of one source with the same `joint` count as one, which is right
+    when all of them are: EmoBench asks for an emotion and for its cause. ValueError where there are
+    too few or too many options, or where the answer is not the letter of one.
     """
 
     story: str
     question: str
     options: tuple[str, ...]
-    answer: str  # one letter
+    answer: str  # a letter
     ability: str = ""
     source: str = ""
     id: str = ""
@@ -57,31 +72,56 @@ class Problem:
         if not 2 <= len(self.options) <= 26:
             raise ValueError(f"a problem needs 2 to 26 options, got {len(self.options)}")
         if self.answer not in tuple(self.letters):
-            raise ValueError(f"answer {self.answer!r} has no option: expected one letter of {self.letters}")
+            raise ValueError(
+                f"answer {self.answer!r} has no option: expected one of {self.letters}"
+            )
 
     @property
     def letters(self) -> str:
         return LETTERS[: len(self.options)]
 
 
-SYSTEM_PROMPT = (
-    "First think about the reasoning process, then give the answer. Put the reasoning inside <think> </think> and the answer, "
-    "one letter, inside <Answer> </Answer>. Inside <think> go through four stages in this order, each on a new line under its "
-    "name as a heading: Cue Encoding, Cue Interpretation, Goal Clarification, Response Generation. Do not name any option "
-    "before Response Generation."
-)
+# The two pairs of tags are the paper's [P]. The headings, the ban on naming options early and the
+# example are ours [O]. The example solves no problem, so it gives nothing away.
+INSTRUCTIONS = """\
+First think about the reasoning process, then give the answer. Put the reasoning inside <think> \
+</think> and the answer, one letter, inside <Answer> </Answer>. Inside <think> go through four \
+stages in this order, each on a new line under its name as a heading: Cue Encoding, Cue \
+Interpretation, Goal Clarification, Response Generation. Do not name any option before Response \
+Generation. Nothing but the answer block follows </think>. A response looks like this:
+
+<think>
+Cue Encoding: what happened, and who perceived it.
+Cue Interpretation: what people therefore believe.
+Goal Clarification: what they want.
+Response Generation: what follows, and which option says so.
+</think>
+<Answer> B </Answer>"""
 
 
-def build_messages(problem: Problem) -> list[dict[str, str]]:
-    """Chat messages that ask for the SIP format (METHOD.md section 2): instructions as system, story and options as user."""
-    options = "\n".join(f"{letter}. {option}" for letter, option in zip(problem.letters, problem.options))
+def build_messages(problem: Problem, instructions: str = INSTRUCTIONS) -> list[dict[str, str]]:
+    """Write the chat messages of a problem: instructions as system, story and options as user."""
+    lettered = zip(problem.letters, problem.options)
+    options = "\n".join(f"{letter}. {option}" for letter, option in lettered)
     user = f"Story: {problem.story}\nQuestion: {problem.question}\n{options}"
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
+    return [{"role": "system", "content": instructions}, {"role": "user", "content": user}]
+
+
+# -------------------------------------------------------------------------------------- the parser
+#
+# What a policy writes is hostile input, for it will try whatever the parser rewards. So every text
+# has one defined outcome, no text raises an exception, and the time grows linearly with the length
+# (a repeat that is written *+ never gives back what it has matched).
 
 
 @dataclass(frozen=True)
 class Response:
-    """A completion, parsed. `stages` holds the present stages, in order of first appearance; `preamble` the text before them."""
+    """A completion, parsed.
+
+    `think` is the reasoning; `answer` is a letter, or None where no letter can be read. `stages`
+    has the name and text of every stage that is present, in order of first appearance, and
+    `preamble` the text before the first heading, which belongs to no stage.
+    """
 
     think: str
     answer: str | None
@@ -90,78 +130,142 @@ class Response:
     preamble: str = ""
 
 
-_TAG = re.compile(r"<(/?)(think|answer)>", re.IGNORECASE)
-# A heading: the stage name at the start of a line, with list numbers, "Step 2:", # and * around it and a closing colon or dash.
-# Bounded repeats, and classes without the newline, keep the match linear on hostile text.
-_HEADING = re.compile(
-    r"^[ \t#*>\-]{0,12}(?:step )?(?:[(\[]?\d{1,3}[.)\]:\-]{0,2})?[ \t#*\-]{0,12}"
-    r"(?P<name>" + "|".join(STAGES) + r")(?!\w)[ \t*#]{0,8}[:：\-–—]{0,3}[ \t*#]{0,8}",
-    re.IGNORECASE | re.MULTILINE,
-)
-_STAGE_OF = {name.lower(): name for name in STAGES}
-
-
-def _blocks(text: str, tags: list[re.Match], name: str) -> list[str]:
-    """Texts of the blocks <name> ... </name>, each from an opening tag to the first closing tag after it."""
-    blocks, start = [], None
-    for tag in tags:
-        if tag[2].lower() != name:
-            continue
-        if not tag[1] and start is None:
-            start = tag.end()
-        elif tag[1] and start is not None:
-            blocks.append(text[start : tag.start()])
-            start = None
-    return blocks
-
-
-def stage_spans(think: str) -> Iterator[tuple[str, int, int]]:
-    """Stage name ("" before the first heading), start and end of every passage, headings aside; a heading can come again."""
-    # IGNORECASE also matches letters such as the dotless i, which are no stage's
-    headings = [match for match in _HEADING.finditer(think) if match["name"].lower() in _STAGE_OF]
-    yield "", 0, headings[0].start() if headings else len(think)
-    for heading, following in zip(headings, headings[1:] + [None]):
-        yield _STAGE_OF[heading["name"].lower()], heading.end(), following.start() if following else len(think)
-
-
-def _split_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
-    """Text before the first heading, and the stages that have text; a repeated heading adds to the first one."""
-    texts: dict[str, list[str]] = {}
-    for name, start, end in stage_spans(think):
-        body = think[start:end].strip()
-        texts.setdefault(name, []).extend([body] if body else [])
-    return "".join(texts.pop("")), [(name, "\n".join(parts)) for name, parts in texts.items() if parts]
-
-
 def parse_response(text: str, problem: Problem) -> Response:
-    """Parse a completion, decoded without special tokens (METHOD.md section 2). Any text gives a Response; nothing raises.
+    """Parse a completion: find its reasoning, its answer and its stages, and judge its form.
 
-    Tags count in any case, exactly as spelt (`<think >` is none). A block runs from an opening tag to the first closing one, so
-    nested tags end early; an unclosed block is none. `think` is the first think block; two answer blocks are no answer, and so
-    is anything but one letter: "A.", "(A)", "A or B". Well-formed means exactly the four tags in order, and nothing outside.
-    Stage names count as headings at the start of a line of `think` only, not in sentences, other words or the answer.
+    Well-formed means a think block with text in it, then exactly one readable answer block, and
+    nothing but white space around the two [P]. The answer is looked for behind the think block, so
+    that the reasoning may quote tags; only where there is no think block, in the whole text.
+
+    The text comes with its special tokens, except for the one that ends it. They count as text, so
+    a response that goes on with another turn of the chat is not well-formed [O].
     """
-    tags = list(_TAG.finditer(text))
-    thinks, answers = _blocks(text, tags, "think"), _blocks(text, tags, "answer")
-    think = thinks[0] if thinks else ""
-    letter = answers[0].strip().upper() if len(answers) == 1 else ""
-    answer = letter if len(letter) == 1 and letter in problem.letters else None
-    # Exactly four tags in this order, and only white space before, between and after the two blocks.
-    in_order = [tag[0].lower() for tag in tags] == ["<think>", "</think>", "<answer>", "</answer>"]
-    outside = text[: tags[0].start()] + text[tags[1].end() : tags[2].start()] + text[tags[3].end() :] if in_order else "x"
-    well_formed = in_order and not outside.strip() and bool(think.strip()) and answer is not None
-    preamble, stages = _split_stages(think)
-    return Response(think.strip(), answer, well_formed, stages, preamble)
+    before, think, behind = split_at_block(text, "think")
+    between, block, after = split_at_block(behind, "answer")
+    _, second_block, _ = split_at_block(after, "answer")
+    answer = None
+    if block is not None and second_block is None:
+        answer = read_answer(block, problem)
+    think = (think or "").strip()
+    outside = before + between + after
+    well_formed = think != "" and answer is not None and outside.strip() == ""
+    preamble, stages = collect_stages(think)
+    return Response(think, answer, well_formed, stages, preamble)
 
 
-# ------------------------------------------------------------------------------------------------------- the simulator
+def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:
+    """Return what stands before, inside and behind the first block <tag> ... </tag> of a text.
 
-View = list[tuple[str, str]]  # what somebody perceived, in order: (verb, value)
+    The block ends at the first closing tag. Tags count in any case, but exactly as spelt:
+    `<think >` is no tag. Where there is no block, nothing stands before it, None is inside it, and
+    the whole text stands behind it.
+    """
+    opening = re.search(f"(?ai)<{tag}>", text)
+    if opening is None:
+        return "", None, text
+    closing = re.compile(f"(?ai)</{tag}>").search(text, opening.end())
+    if closing is None:
+        return "", None, text
+    return text[: opening.start()], text[opening.end() : closing.start()], text[closing.end() :]
+
+
+def read_answer(block: str, problem: Problem) -> str | None:
+    """Return the letter that an answer block gives, or None where it cannot be read.
+
+    An answer block can be read [O] if it holds the letter of an option, alone or with the text of
+    that very option behind it, or if it holds the text of exactly one option. Let B be "the
+    drawer". Then `B`, `(b)`, `**B**`, `B. the drawer` and `The drawer.` are B; `A or B`, `not B`
+    and `B. the box` are None, since a reader could take each of them for either of two answers.
+    """
+    said = bare(block)
+    texts = {letter: bare(option) for letter, option in zip(problem.letters, problem.options)}
+    lettered = LETTERED.fullmatch(said)
+    if lettered:
+        letter, text = lettered[1].upper(), lettered[2]
+        if letter in texts and text in (None, texts[letter]):
+            return letter
+    fitting = [letter for letter, text in texts.items() if said and text == said]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+# Full-width forms of the ASCII characters, which Chinese and Japanese keyboards type.
+FULL_WIDTH = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)}
+MARKS = " ()[]{}【】*_`.,:;!。、"  # brackets, emphasis and closing marks
+LETTERED = re.compile(rf"([a-z])(?:[{re.escape(MARKS)}]+(.*))?")  # "b", "b. the drawer"
+
+
+def even_out(text: str) -> str:
+    """Replace full-width characters and Unicode spaces by plain ones; all keep their places."""
+    return re.sub(r"[^\S\n]", " ", text.translate(FULL_WIDTH))
+
+
+def bare(text: str) -> str:
+    """Return a text in small letters, with single spaces, and without marks at its two ends."""
+    return " ".join(even_out(text).casefold().split()).strip(MARKS)
+
+
+# A heading is the name of a stage at the start of a line, in any case. List numbers, "Step 2:",
+# "Stage 2 -", bullets, # and * may stand before it, emphasis, a colon or a dash behind it [O].
+# Every name is a group of the pattern: group 1 is the first stage.
+NAMES = "|".join(f"({re.escape(name)})" for name in STAGES)
+HEADING = re.compile(
+    rf"^(?:[ #*>+•·◦▪●–—-]|[\d.:()\[\]]|step|stage)*+(?:{NAMES})\b[ *#]*+[:–—-]*+[ *#]*+",
+    re.IGNORECASE | re.ASCII | re.MULTILINE,
+)
+
+
+def stage_spans(think: str) -> list[tuple[str, int, int]]:
+    """Divide the reasoning into passages, and return the stage, start and end of each.
+
+    A passage goes from the end of its heading to the start of the next one. The passage before the
+    first heading has the stage "". A stage can have several passages.
+    """
+    headings = list(HEADING.finditer(even_out(think)))
+    ends = [heading.start() for heading in headings] + [len(think)]
+    spans = [("", 0, ends[0])]
+    for heading, end in zip(headings, ends[1:]):
+        spans.append((STAGES[heading.lastindex - 1], heading.end(), end))
+    return spans
+
+
+def collect_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return the text before the first heading, and name and text of the stages that are present.
+
+    A stage is present if it has text. A heading that comes again adds to its first text [O].
+    """
+    passages: dict[str, list[str]] = {}
+    for name, start, end in stage_spans(think):
+        passages.setdefault(name, []).append(think[start:end].strip())
+    texts = {name: "\n".join(filter(None, parts)) for name, parts in passages.items()}
+    preamble = texts.pop("")
+    return preamble, [(name, text) for name, text in texts.items() if text]
+
+
+# ----------------------------------------------------------- the simulator: events and beliefs
+#
+# A story is about one fact that changes: where an object is, what M wants to eat, where M will go,
+# or what is in M's parcel for X. The question is about X; M makes all changes; some stories have a
+# third person, Y. For example:
+#
+#     story       M puts the key in the box. X leaves. M moves it to the bag. X comes back.
+#     X's view    noticed the box, missed the bag: so X believes that it is in the box
+#     question    Where will X look for the key? In the box. The shortcut says: in the bag.
+#
+# The *shortcut* is to think that everybody knows what the reader knows. Every hard story, in which
+# the shortcut is wrong, has a control twin with the same people, words and options, in which other
+# events make it right: X comes back before the key is moved. A model that always takes the shortcut
+# solves the controls only, and one that always avoids it solves the hard stories only.
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happened: set, leave, return, peek, tell (to `target`), say (to `target`) or note (a value named in passing)."""
+    """Something that happens in a story.
+
+    set: the actor makes a value real. leave, return: the actor goes and comes back. peek: the actor
+    secretly sees the real value. tell: the actor tells the target a value, in private. say: the
+    actor says a value to the target, and the question is about these words. note: a value is named
+    in passing and changes nothing.
+    """
 
     kind: str
     actor: str
@@ -169,213 +273,102 @@ class Event:
     target: str = ""
 
 
+View = list[tuple[str, str]]  # what a person perceived, in order: (verb, value)
+
+
 class World:
-    """Replays events. views[a]: what a perceived; models[a, b]: what a knows of b's perceiving."""
+    """What is real, who is present, and what everybody perceived.
+
+    `models[a, b]` is the view of b that a knows of, and `views[a]` is models[a, a], a's own view.
+    """
 
     def __init__(self, people: list[str]):
-        self.people, self.present, self.value, self.said = people, set(people), "", ""
-        self.views: dict[str, View] = {a: [] for a in people}
-        self.models: dict[tuple[str, str], View] = {(a, b): [] for a in people for b in people if a != b}
+        self.people = people
+        self.present = set(people)
+        self.value, self.said = "", ""
+        pairs = itertools.product(people, repeat=2)
+        self.models: dict[tuple[str, str], View] = {pair: [] for pair in pairs}
+        self.views = {a: self.models[a, a] for a in people}
 
     def apply(self, event: Event) -> None:
+        """Let an event happen."""
         if event.kind == "leave":
             self.present.discard(event.actor)
         elif event.kind == "return":
             self.present.add(event.actor)
         elif event.kind == "set":
             self.value = event.value
-            for b in self.people:
-                cue = ("noticed" if b in self.present else "missed", event.value)
-                self.views[b].append(cue)
-                for a in self.present - {b}:
-                    self.models[a, b].append(cue)
-        elif event.kind == "peek":  # nobody notices, so nobody's model of the actor changes
+            for person in self.people:
+                verb = "noticed" if person in self.present else "missed"
+                for knower in self.present | {person}:
+                    self.models[knower, person].append((verb, event.value))
+        elif event.kind == "peek":  # in secret: it enters nobody else's model
             self.views[event.actor].append(("glimpsed", self.value))
-        elif event.kind == "tell":  # private, and believed; the teller knows that it was heard
-            self.views[event.target].append(("was told of", event.value))
-            self.models[event.actor, event.target].append(("was told of", event.value))
-        elif event.kind == "say":  # what the question is about; what it does to beliefs comes after the story
+        elif event.kind == "tell":  # the target believes it, and the actor knows that
+            for knower in (event.actor, event.target):
+                self.models[knower, event.target].append(("was told of", event.value))
+        elif event.kind == "say":  # the last event: what it makes others believe is not asked
             self.said = event.value
 
 
 def believed(view: View) -> str:
-    """The value that somebody with this view takes to be real: the last one not missed."""
-    return next((value for verb, value in reversed(view) if verb != "missed"), "")
+    """Return the value that a person with this view takes to be real: the last one not missed."""
+    perceived = [value for verb, value in view if verb != "missed"]
+    return perceived[-1] if perceived else ""
 
 
-# ------------------------------------------------------------------------------------------ scripts: what can happen
+# ------------------------------------------------------------- the simulator: words and scripts
+#
+# Words are data, in assets/stories.json. There, {x}, {y} and {m} are people, {o} is the object, {r}
+# the room and {v} a value; in sentences, {a} is the person who acts and {b} the one who is told.
 
-ABILITIES = ("belief", "desire", "emotion", "intention", "knowledge", "non-literal communication")
+STORIES = json.loads((ASSETS / "stories.json").read_text(encoding="utf-8"))
+WORDS = STORIES["abilities"]  # by ability: the question, the thoughts, the goal ...
+# belief, desire, emotion, intention, knowledge, non-literal communication
+ABILITIES = tuple(WORDS)
 TWISTS = ("unseen change", "being told", "peeking", "false report", "second order")
-FEELINGS = {"pleased": "happy", "scared": "scared", "angered": "angry", "bored": "bored"}
-SPEECH = ("the truth", "a mistake", "a lie", "a joke")
-
-# A script is a few events. Roles: X is asked about, M makes the changes, Y is a third person. "=2" M makes value 2 real,
-# "X-" leaves, "X+" comes back, "X?" peeks, "M>X2" M tells X value 2, "X!2" X says value 2 to Y. Each line: "hard / control".
-_ONE_MIND = {  # belief, desire, emotion, intention: what does X believe; in the second order: what does M think X believes
-    "unseen change": ("=1 X- =2 X+ / =1 X- X+ =2", "=1 =2 X- =3 X+ / =1 =2 X- X+ =3", "=1 X- =2 =3 =2 X+ / =1 X- X+ =2 =3 =2"),
-    "being told": ("=1 X- =2 M>X2 =3 / =1 X- =2 =3 M>X3", "=1 =2 X- =3 M>X3 =2 / =1 =2 X- =3 =2 M>X2"),
-    "peeking": ("=1 X- =2 X? =3 / =1 X- =2 =3 X?", "=1 =2 X- =3 X? =2 / =1 =2 X- =3 =2 X?"),
-    "false report": ("=1 X- =2 M>X3 / =1 X- =2 M>X2", "=1 X- =2 X+ X- M>X3 / =1 X- =2 X+ X- =3 M>X3"),
-    "second order": ("=1 X- =2 X? / =1 X- =2 M>X2", "=1 X- =2 M>X3 X? / =1 X- =2 X? M>X2"),
-}
-_TWO_MINDS = {  # knowledge: who of X and Y knows; in the second order: who, in M's view
-    "unseen change": ("=1 X- =2 X+ / =1 X- X+ =2", "=1 Y- =2 Y+ / =1 Y- Y+ =2", "=1 X- Y- =2 X+ Y+ / =1 X- Y- X+ Y+ =2"),
-    "being told": ("=1 X- =2 M>X2 =3 / =1 X- =2 =3 M>X3", "=1 X- Y- =2 M>Y2 / =1 X- Y- =2 M>Y2 M>X2"),
-    "peeking": ("=1 X- =2 X? =3 / =1 X- =2 =3 X?", "=1 X- Y- =2 Y? / =1 X- Y- =2 Y? X?"),
-    "false report": ("=1 X- =2 M>X3 / =1 X- =2 M>X2", "=1 X- Y- =2 M>X2 M>Y3 / =1 X- Y- =2 M>X2 M>Y2"),
-    "second order": ("=1 X- Y- =2 X? M>Y2 / =1 X- Y- =2 M>X2 M>Y2", "=1 Y- =2 Y? / =1 Y- =2 M>Y2"),
-}
-_SPEECH_ACTS = {  # non-literal communication: X says something to Y; is it the truth, a mistake, a lie or a joke?
-    "unseen change": ("=1 X- =2 X+ X!1 / =1 X- X+ =2 X!2", "=1 X- Y- =2 X+ Y+ X!1 / =1 Y- =2 Y+ X!1"),
-    "being told": ("=1 X- =2 M>X2 =3 X+ X!2 / =1 X- =2 =3 M>X3 X+ X!3", "=1 Y- =2 X>Y2 Y+ X!1 / =1 Y- =2 Y+ X!1"),
-    "peeking": ("=1 X- =2 X? =3 X+ X!2 / =1 X- =2 =3 X? X+ X!3", "=1 X- =2 X? =3 X+ X!2 / =1 X- Y- =2 X? X+ Y+ X!1"),
-    "false report": ("=1 X- =2 M>X3 X+ X!3 / =1 X- =2 M>X2 X+ X!2", "=1 X- Y- =2 M>X3 X+ Y+ X!2 / =1 X- Y- =2 M>X2 X+ Y+ X!1"),
-    "second order": ("=1 Y- Y+ =2 X!1 / =1 Y- =2 Y+ X!1", "=1 =2 X!1 / =1 Y- =2 Y+ X!1"),
-}
-_SHIFT_ONE_MIND = {
-    "unseen change": ("=1 X- X+ =2 X- =3 X+ / =1 X- X+ =2 X- X+ =3",),
-    "being told": ("=1 X- =2 M>X2 X+ X- =3 / =1 X- =2 M>X2 X+ =3",),
-    "peeking": ("=1 X- =2 X? =3 =4 / =1 X- =2 =3 =4 X?",),
-    "false report": ("=1 =2 X- M>X3 X+ / =1 =2 X- =3 M>X3 X+",),
-    "second order": ("=1 X- X+ X- =2 X? / =1 X- X+ X- =2 M>X2",),
-}
-_SHIFT_TWO_MINDS = {
-    "unseen change": ("=1 X- Y- Y+ =2 X+ / =1 X- Y- Y+ X+ =2",),
-    "being told": ("=1 Y- =2 M>Y2 =3 / =1 Y- =2 =3 M>Y3",),
-    "peeking": ("=1 X- Y- =2 X? Y? =3 X+ / =1 X- Y- =2 =3 X? Y? X+",),
-    "false report": ("=1 Y- X- =2 M>Y3 X? / =1 Y- X- =2 M>Y2 X?",),
-    "second order": ("=1 X- X+ Y- =2 Y? / =1 X- X+ Y- =2 M>Y2",),
-}
-_SHIFT_SPEECH_ACTS = {
-    "unseen change": ("=1 X- =2 =3 X+ X!1 / =1 X- X+ =2 =3 X!3",),
-    "being told": ("=1 Y- =2 =3 X>Y3 Y+ X!1 / =1 Y- =2 =3 Y+ X!1",),
-    "peeking": ("=1 X- Y- Y+ =2 X? =3 X+ X!2 / =1 X- Y- Y+ =2 =3 X? X+ X!3",),
-    "false report": ("=1 =2 X- =3 M>X1 X+ X!1 / =1 =2 X- =3 M>X3 X+ X!3",),
-    "second order": ("=1 X- Y- X+ Y+ =2 X!1 / =1 X- Y- X+ =2 Y+ X!1",),
-}
-
-
-# ---------------------------------------------------------------------------------------------- words: how it is told
+# The kind of fact that changes: place, wish, plan or parcel.
+FAMILY = {ability: words["family"] for ability, words in WORDS.items()}
+FEELINGS = STORIES["feelings"]  # how X feels, by what a parcel does to X
+AIMS = STORIES["aims"]  # what X wants, by what X's words are
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Names, nouns and sentences. `shift` has its own of each, and scripts of its own, none of them ever trained on."""
+    """Nouns, sentences and scripts."""
 
     names: list[str]
     rooms: list[str]
     objects: list[str]
     values: dict[str, list[str]]  # by family
-    sentences: dict[str, str]  # "family event" -> alternatives, separated by "|"
-    scripts: tuple[dict, dict, dict]
+    sentences: dict[str, list[str]]  # by "family event", or "event" for all families
+    scripts: dict[str, dict[str, list[dict[str, str]]]]  # by kind and twist
 
 
-# What the changing fact is: where an object is, what M wants to eat, where M plans to go, what is in M's parcel for X.
-FAMILY = dict(zip(ABILITIES, ("place", "wish", "parcel", "plan", "place", "place")))
-# In all sentences x, y, m are people, a is whoever acts, o the object, r the room, v a value.
-_QUESTIONS = {
-    "belief": ("Where will {x} look for the {o}?", "Where does {m} think {x} will look for the {o}?"),
-    "desire": ("What will {x} cook for {m}?", "What does {m} think {x} will cook for {m}?"),
-    "emotion": ("How does {x} feel about the parcel?", "How does {m} think {x} feels about the parcel?"),
-    "intention": ("Where will {x} wait for {m}?", "Where does {m} think {x} will wait for {m}?"),
-    "knowledge": ("Who knows where the {o} is, {x} or {y}?", "Who knows where the {o} is, {x} or {y}, in the view of {m}?"),
-    "non-literal communication": ("What were the words of {x}?",) * 2,
-}
-_THOUGHTS = {"place": "the {o} is in the {v}", "wish": "{m} wants {v}", "plan": "{m} will go to the {v}", "parcel": "the {v} is in the parcel"}
-_GOALS = {"belief": "{x} wants to find the {o}.", "desire": "{x} wants to please {m}.", "intention": "{x} wants to meet {m}.",
-          "knowledge": "{x} and {y} want to find the {o}."}  # fmt: skip
-_DEEDS = {"belief": "{x} will look {option}", "desire": "{x} will cook {option}", "emotion": "{x} feels {option}",
-          "intention": "{x} will wait {option}", "knowledge": "It is known to {option}",
-          "non-literal communication": "It was {option}"}  # fmt: skip
-_OPTIONS = {"place": "in the {v}", "wish": "{v}", "plan": "at the {v}"}
-_NOUN = {"place": "the {v}", "wish": "{v}", "plan": "the {v}", "parcel": "the {v}"}
-
-MAIN = Lexicon(
-    names="Anna Ben Cara David Ella Frank Grace Henry Ivy Jack Kate Leo Mia Nick Olga Paul Rosa Sam Tina Victor Wendy Xavier Yara Zoe".split(),
-    rooms="kitchen garden office hall attic classroom".split(),
-    objects="ball key book coin phone ring letter hat apple cup watch pen torch camera doll knife".split(),
-    values={
-        "place": "box bag jar drawer basket chest cupboard bucket suitcase tin fridge oven locker trunk".split(),
-        "wish": "soup pasta pizza rice salad fish curry pancakes beans chicken noodles potatoes tofu eggs".split(),
-        "plan": "park station library museum market harbour theatre cinema bakery church school gym bridge fountain".split(),
-        "parcel": "drum mask clock kite puppet lamp scarf puzzle robot vase candle mirror rabbit trumpet".split(),
-    },
-    sentences={
-        "place open": "{all} were in the {r}.|{all} were tidying the {r}.|One day {all} met in the {r}.",
-        "place set": "{a} put the {o} in the {v}.|{a} laid the {o} in the {v}.",
-        "place reset": "{a} moved the {o} to the {v}.|Then {a} took the {o} and put it in the {v}.",
-        "place peek": "Through the window {a} secretly saw the {o} in the {v}.|In secret {a} peeked at where the {o} was.",
-        "place tell": '{a} phoned {b} and said that the {o} was in the {v}.|{a} sent {b} a message: "The {o} is in the {v}."',
-        "place say": '{a} said to {b}: "The {o} is in the {v}."|"The {o} is in the {v}," {a} said to {b}.',
-        "place note": "There was a {v} in the corner.|A {v} stood near the door.",
-        "wish open": "{x} was going to cook for {m}.|In the evening {x} was to cook dinner for {m}.",
-        "wish set": "{a} wanted {v} and said so.|{a} asked for {v}.",
-        "wish reset": "Then {a} wanted {v} instead and said so.|After that {a} asked for {v} instead.",
-        "wish peek": "Behind the door {a} secretly heard {m} ask for {v}.|In secret {a} heard what {m} wanted now.",
-        "wish tell": '{a} phoned {b} and asked for {v}.|{a} sent {b} a message: "I want {v}."',
-        "wish note": "There was a lot of {v} in the house.|Last week they had eaten {v}.",
-        "plan open": "{x} was going to meet {m} later.|{x} and {m} were to meet in town.",
-        "plan set": "{a} planned to go to the {v} and said so.|{a} decided to go to the {v}.",
-        "plan reset": "Then {a} planned to go to the {v} instead.|After that {a} chose the {v} instead.",
-        "plan peek": "Behind the door {a} secretly heard {m} talk about the {v}.|In secret {a} heard about the new plan of {m}.",
-        "plan tell": '{a} phoned {b} and spoke of going to the {v}.|{a} sent {b} a message: "I will go to the {v}."',
-        "plan note": "Last week they had been to the {v}.|The {v} was very busy.",
-        "parcel open": "{feelings}. {m} had a parcel for {x}.|{m} packed a parcel for {x}. Everybody knew that {feelings}.",
-        "parcel set": "{a} put the {v} in the parcel.|Into the parcel {a} put the {v}.",
-        "parcel reset": "{a} took it out and put in the {v}.|Then {a} put the {v} in the parcel instead.",
-        "parcel peek": "Through the window {a} secretly saw the {v} in the parcel.|In secret {a} looked into the parcel.",
-        "parcel tell": '{a} phoned {b} and said that the {v} was in the parcel.|{a} sent {b} a message: "The {v} is in the parcel."',
-        "leave": "{a} left.|{a} went out.|{a} went to the shop.",
-        "return": "{a} came back.|{a} returned.|Soon {a} was back.",
-        "false": "That was not true.|It was not so.",
-    },
-    scripts=(_ONE_MIND, _TWO_MINDS, _SPEECH_ACTS),
-)
-SHIFT = Lexicon(
-    names="Omar Priya Quentin Ruth Stefan Ursula Wang Bella Carlos Dora Emil Farid".split(),
-    rooms="garage cellar workshop barn studio".split(),
-    objects="wallet guitar whistle badge hammer ticket pearl stamp".split(),
-    values={
-        "place": "crate pot cabinet envelope vault barrel sack pouch".split(),
-        "wish": "bread cheese lentils steak sushi porridge dumplings stew".split(),
-        "plan": "zoo castle airport beach stadium temple lake palace".split(),
-        "parcel": "flute carpet globe statue violin balloon helmet teapot".split(),
-    },
-    sentences={
-        "place open": "{all} spent the afternoon in the {r}.|In the old {r}, {all} were at work.",
-        "place set": "The {o} went into the {v}: {a} placed it there.|{a} chose the {v} as a place for the {o}.",
-        "place reset": "Later on, the {v} was where {a} placed the {o}.|{a} preferred the {v} and brought the {o} there.",
-        "place peek": "Nobody saw {a} take a quick look at the {o}.|Unobserved, {a} checked the {v} and found the {o}.",
-        "place tell": '"You will find the {o} in the {v}," {a} wrote to {b}.|According to the note that {b} got from {a}, the {o} was in the {v}.',
-        "place say": 'Turning to {b}, {a} said: "Look for the {o} in the {v}."',
-        "place note": "Next to the wall was a {v}.|Somebody had painted the {v} green.",
-        "wish open": "The meal that {x} would make was for {m}.|{m} was invited by {x} to eat.",
-        "wish set": "{v}, said {a}, would be lovely.|The first idea of {a} was {v}.",
-        "wish reset": "No, {v} would be better, {a} said later.|A new idea of {a} was {v}.",
-        "wish peek": "Nobody saw {a} listen as {m} spoke of {v}.|Unobserved, {a} learned what {m} wished for.",
-        "wish tell": '"Please make {v}," {a} wrote to {b}.|According to the note that {b} got from {a}, the wish was {v}.',
-        "wish note": "In the shop, {v} was cheap.|The neighbours liked {v}.",
-        "plan open": "{x} hoped to join {m} in the afternoon.|Later, {x} would look for {m} in the city.",
-        "plan set": "The {v}, said {a}, would be nice.|The first idea of {a} was the {v}.",
-        "plan reset": "No, the {v} would be nicer, {a} said later.|A new idea of {a} was the {v}.",
-        "plan peek": "Nobody saw {a} listen as {m} spoke of the {v}.|Unobserved, {a} learned where {m} would be.",
-        "plan tell": '"Find me at the {v}," {a} wrote to {b}.|According to the note that {b} got from {a}, {a} would be at the {v}.',
-        "plan note": "On the map, the {v} was easy to find.|A film had been made about the {v}.",
-        "parcel open": "A parcel was being made for {x} by {m}. As all knew, {feelings}.",
-        "parcel set": "The {v} went into the parcel: {a} placed it there.|{a} chose the {v} and wrapped it in the parcel.",
-        "parcel reset": "Later on, {a} replaced it with the {v}.|{a} preferred the {v} and wrapped that in the parcel.",
-        "parcel peek": "Nobody saw {a} take a quick look into the parcel.|Unobserved, {a} opened the parcel and found the {v}.",
-        "parcel tell": '"You will get the {v} in the parcel," {a} wrote to {b}.|According to the note that {b} got from {a}, the parcel held the {v}.',
-        "leave": "{a} had to go away.|Off to town went {a}.",
-        "return": "Not long after, {a} walked in again.|{a} joined the others again.",
-        "false": "This was made up.|In fact this was wrong.",
-    },
-    scripts=(_SHIFT_ONE_MIND, _SHIFT_TWO_MINDS, _SHIFT_SPEECH_ACTS),
-)
+MAIN = Lexicon(**STORIES["main"])  # of the splits train and test
+SHIFT = Lexicon(**STORIES["shift"])  # of the split shift: nothing that is trained on
 
 
-# -------------------------------------------------------------------------------------------- stories, answers, traces
+# A script is a line of steps. A step says who acts, what happens, to whom, and which of the story's
+# four values it is about: "m=2" m makes value 2 real, "x-" x leaves, "x+" x comes back, "x?" x
+# peeks, "m>x2" m tells x value 2, "x!y2" x says value 2 to y. The example above has the script
+# "m=1 x- m=2 x+", and its control "m=1 x- x+ m=2".
+STEP = re.compile(r"([xym])([=\-+?>!])([xym]?)([1-4]?)")
+KINDS = {"=": "set", "-": "leave", "+": "return", "?": "peek", ">": "tell", "!": "say"}
+
+
+def read_script(script: str, cast: dict[str, str], values: list[str]) -> list[Event]:
+    """Turn a script into events."""
+    events, real = [], ""
+    for step in script.split():
+        actor, sign, target, place = STEP.fullmatch(step).groups()
+        value = values[int(place) - 1] if place else ""
+        if sign == "=":
+            real = value
+        elif sign == "?":
+            value = real
+        events.append(Event(KINDS[sign], cast[actor], value, cast.get(target, "")))
+    return events
 
 
 @dataclass(frozen=True)
@@ -383,253 +376,306 @@ class Story:
     """A generated problem and what the simulator knows of it."""
 
     problem: Problem
-    trace: str  # the gold SIP text, as a policy should write it
+    trace: str  # a correct response
     events: tuple[Event, ...]
     twist: str
-    shortcut: str  # the letter that "everybody knows what the reader knows" leads to: right in controls, wrong in hard stories
-    cast: dict[str, str] = field(repr=False)  # roles x, y, m; words o, r
-    likes: dict[str, str] = field(default_factory=dict, repr=False)  # emotion: value -> pleased, scared, ...
+    shortcut: str  # the letter to which the shortcut leads
+    cast: dict[str, str] = field(repr=False)  # x, y, m: people; o: the object; r: the room
+    likes: dict[str, str] = field(default_factory=dict, repr=False)  # value -> pleased, scared, ...
+
+
+def people_of(cast: dict[str, str]) -> list[str]:
+    return [cast[role] for role in "xym" if role in cast]
 
 
 def replay(story: Story) -> World:
-    world = World([story.cast[role] for role in "xym" if role in story.cast])
+    """Return the world after all events of a story."""
+    world = World(people_of(story.cast))
     for event in story.events:
         world.apply(event)
     return world
 
 
-def minds(world: World, ability: str, twist: str, cast: dict[str, str]) -> tuple[View, View]:
-    """The views that decide the answer: of X and of Y, as they are or (second order) as M knows them."""
-    x, y, m = cast["x"], cast.get("y"), cast["m"]  # Y only where there is a third person
-    if ability == "non-literal communication":
-        return world.views[x], world.models[x, y]
-    if twist == "second order":
-        return world.models[m, x], world.models[m, y] if y else []
-    return world.views[x], world.views[y] if y else []
+# --------------------------------------------------------- the simulator: the answer and its trace
 
 
-def readers_minds(world: World, ability: str, cast: dict[str, str]) -> tuple[View, View]:
-    """The shortcut: as if everybody had seen all changes (and a listener nothing: a false statement is then always a lie)."""
-    seen = world.views[cast["m"]]  # M makes all changes
-    return seen, [] if ability == "non-literal communication" else seen
+def perspectives(story: Story) -> list[tuple[str, str]]:
+    """Return whose views decide the answer, each with the role of the one who knows of that view.
+
+    Most questions depend on the views that people have themselves. A second-order question depends
+    on what M knows of their views. What X's words were depends on what X knows of the listener Y.
+    """
+    if story.problem.ability == "non-literal communication":
+        return [("x", "x"), ("y", "x")]
+    roles = [role for role in "xy" if role in story.cast]
+    if story.twist == "second order":
+        return [(role, "m") for role in roles]
+    return [(role, role) for role in roles]
 
 
-def conclude(ability: str, of_x: View, of_y: View, world: World, cast: dict[str, str], likes: dict[str, str]) -> str:
-    """The text of the option that follows from two views."""
-    belief = believed(of_x)
-    if ability == "knowledge":
-        knows = (belief == world.value, believed(of_y) == world.value)
-        return {
-            (True, True): "both of them",
-            (True, False): f"only {cast['x']}",
-            (False, True): f"only {cast['y']}",
-            (False, False): "neither of them",
-        }[knows]
-    if ability == "non-literal communication":
-        if belief == world.said:
-            return "the truth" if world.said == world.value else "a mistake"
-        return "a joke" if believed(of_y) == belief else "a lie"
+def minds(story: Story, world: World) -> list[View]:
+    """Return the views that decide the answer."""
+    cast = story.cast
+    return [world.models[cast[knower], cast[role]] for role, knower in perspectives(story)]
+
+
+def readers_minds(story: Story, world: World) -> list[View]:
+    """Return the views that the shortcut ascribes to X and Y: both saw all changes, as M did.
+
+    Only a listener is taken to know nothing, which makes every false statement a lie.
+    """
+    seen = world.views[story.cast["m"]]
+    if story.problem.ability == "non-literal communication":
+        return [seen, []]
+    return [seen, seen]
+
+
+def conclude(story: Story, world: World, views: list[View]) -> str:
+    """Return the text of the option that follows from these views."""
+    ability, cast = story.problem.ability, story.cast
+    beliefs = [believed(view) for view in views]
     if ability == "emotion":
-        return FEELINGS[likes[belief]]
-    return _OPTIONS[FAMILY[ability]].format(v=belief)
-
-
-def _list(parts: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
-
-
-def write_stages(story: Story, of_x: View, of_y: View) -> list[str]:
-    """The texts of the four stages for somebody who ascribes these views; the gold trace, when the views are the true ones."""
-    problem, cast, world = story.problem, story.cast, replay(story)
-    ability, family = problem.ability, FAMILY[problem.ability]
-
-    def view(name: str, cues: View) -> str:
-        return f"{name} " + (_list([f"{verb} {_NOUN[family].format(v=value)}" for verb, value in cues]) or "noticed nothing")
-
-    def thought(value: str) -> str:
-        return _THOUGHTS[family].format(v=value, **cast)
-
-    option = conclude(ability, of_x, of_y, world, cast, story.likes)
-    letter = problem.letters[problem.options.index(option)]
-    x, y, m = cast["x"], cast.get("y", ""), cast["m"]
-    knows, thinks = (f"{m} knows that ", f"{m} thinks that ") if story.twist == "second order" else ("", "")
-    cues = knows + view(x, of_x) + "."
-    meaning = f"{thinks}{x} thinks {thought(believed(of_x))}."
-    goal = _GOALS.get(ability, "").format(**cast)
+        return FEELINGS[story.likes[beliefs[0]]]
     if ability == "knowledge":
-        cues = f"Really {thought(world.value)}. {cues} {knows}{view(y, of_y)}."
-        meaning += f" {thinks}{y} thinks {thought(believed(of_y))}."
-    elif ability == "non-literal communication":
-        cues = f"Really {thought(world.value)}. {view(x, of_x)}. {x} knows that {view(y, of_y)}. {x} said {world.said}."
-        meaning = f"{x} thinks {thought(believed(of_x))}. {x} thinks that {y} thinks {thought(believed(of_y))}."
-        goal = f"{x} wants to {dict(zip(SPEECH, ('inform', 'inform', 'mislead', 'amuse')))[option]} {y}."
-    elif ability == "emotion":
-        goal = f"The {believed(of_x)} {story.likes[believed(of_x)]} {x}."
-    return [cues, meaning, goal, _DEEDS[ability].format(option=option, **cast) + f": {letter}."]
+        knowing = [cast[role] for role, belief in zip("xy", beliefs) if belief == world.value]
+        if len(knowing) == 1:
+            return f"only {knowing[0]}"
+        return "both of them" if knowing else "neither of them"
+    if ability == "non-literal communication":
+        if world.said == beliefs[0]:
+            return "the truth" if world.said == world.value else "a mistake"
+        return "a joke" if beliefs[1] == beliefs[0] else "a lie"  # a joke: Y knows better, too
+    return WORDS[ability]["option"].format(v=beliefs[0])
+
+
+def write_stages(story: Story, views: list[View]) -> list[str]:
+    """Write the texts of the four stages for somebody who ascribes these views to X (and Y)."""
+    cast, world, words = story.cast, replay(story), WORDS[story.problem.ability]
+    cues, meanings = [], []
+    if "y" in cast:
+        cues.append(f"Really {words['thought'].format(**cast, v=world.value)}.")
+    for (role, knower), view in zip(perspectives(story), views):
+        knows, thinks = f"{cast[knower]} knows that ", f"{cast[knower]} thinks that "
+        if knower == role:
+            knows = thinks = ""
+        perceived = [f"{verb} {words['thing'].format(v=value)}" for verb, value in view]
+        thought = words["thought"].format(**cast, v=believed(view))
+        cues.append(f"{knows}{cast[role]} {join_words(perceived) or 'noticed nothing'}.")
+        meanings.append(f"{thinks}{cast[role]} thinks {thought}.")
+    if world.said:
+        cues.append(f"{cast['x']} said {world.said}.")
+    belief, option = believed(views[0]), conclude(story, world, views)
+    feeling, aim = story.likes.get(belief), AIMS.get(option)
+    goal = words["goal"].format(**cast, belief=belief, feeling=feeling, aim=aim)
+    conclusion = words["conclusion"].format(**cast, option=option)
+    letter = letter_of(story.problem, option)
+    return [" ".join(cues), " ".join(meanings), goal, f"{conclusion}: {letter}."]
 
 
 def gold_stages(story: Story) -> list[str]:
-    """The texts of the four stages, all true."""
-    return write_stages(story, *minds(replay(story), story.problem.ability, story.twist, story.cast))
+    """Write the texts of the four stages, all true."""
+    return write_stages(story, minds(story, replay(story)))
 
 
 def format_trace(stages: list[tuple[str, str]], letter: str) -> str:
-    return "<think>\n" + "\n".join(f"{name}: {text}" for name, text in stages) + f"\n</think>\n<Answer> {letter} </Answer>"
+    """Write a response with these stages, (name, text) each, and this answer."""
+    think = "\n".join(f"{name}: {text}" for name, text in stages)
+    return f"<think>\n{think}\n</think>\n<Answer> {letter} </Answer>"
 
 
-_STEP = re.compile(r"(?P<role>[XYM])?(?P<kind>[=\-+?>!])(?P<target>[XYM])?(?P<value>\d)?")
-_KINDS = {"=": "set", "-": "leave", "+": "return", "?": "peek", ">": "tell", "!": "say"}
+def letter_of(problem: Problem, option: str) -> str:
+    return problem.letters[problem.options.index(option)]
 
 
-def _events(script: str, cast: dict[str, str], values: list[str]) -> list[Event]:
-    events, current = [], ""
-    for step in script.split():
-        match = _STEP.fullmatch(step)
-        kind, value = _KINDS[match["kind"]], values[int(match["value"]) - 1] if match["value"] else ""
-        current = value if kind == "set" else current
-        target = cast["y"] if kind == "say" else cast.get((match["target"] or "").lower(), "")
-        events.append(Event(kind, cast[(match["role"] or "M").lower()], current if kind == "peek" else value, target))
-    return events
+def join_words(items: list[str]) -> str:
+    """Join items to "a, b and c"."""
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def _tell(events: tuple[Event, ...], wording: dict[str, str], family: str, words: dict[str, str]) -> str:
-    """The story in English. A report of something that is not so says that it is not: the reader knows, the character does not."""
-    opening = wording[f"{family} open"].format(**words)
-    sentences, current = [opening[0].upper() + opening[1:]], ""
-    for event in events:
-        kind = "reset" if event.kind == "set" and current else event.kind
-        template = wording[kind] if kind in wording else wording[f"{family} {kind}"]
-        text = template.format(**words, a=event.actor, b=event.target, v=event.value)
-        sentences.append(text[0].upper() + text[1:])
-        current = event.value if event.kind == "set" else current
-        if event.kind == "tell" and event.value != current:
-            sentences.append(wording["false"])
-    return " ".join(sentences)
-
-
-def _twins(split: str, seed: int, pair: int) -> list[Story]:
-    """A hard story and its control twin: same people, words, wording and options; only the script differs."""
-    rng = random.Random(f"{split}/{seed}/{pair}")
-    ability, twist = ABILITIES[pair % 6], TWISTS[pair // 6 % 5]
-    family, lexicon = FAMILY[ability], SHIFT if split == "shift" else MAIN
-    one, two, speech = lexicon.scripts
-    scripts = rng.choice({"knowledge": two, "non-literal communication": speech}.get(ability, one)[twist]).split(" / ")
-    while True:  # test takes a fifth of the casts, train the others: no story is in both
-        x, m, y = rng.sample(lexicon.names, 3)
-        values = rng.sample(lexicon.values[family], 4)
-        marks = lexicon.names.index(x) + lexicon.names.index(m) + lexicon.values[family].index(values[0])
-        if split == "shift" or (marks % 5 == 0) == (split == "test"):
-            break
-    cast = {"x": x, "m": m, "o": rng.choice(lexicon.objects), "r": rng.choice(lexicon.rooms)}
-    if family == "place" and ability != "belief":
-        cast = {"x": x, "y": y} | cast
-    likes = dict(zip(values, rng.sample(list(FEELINGS), 4))) if ability == "emotion" else {}
-    wording = {key: rng.choice(alternatives.split("|")) for key, alternatives in lexicon.sentences.items()}
-    people = [cast[role] for role in "xym" if role in cast]
-    feelings = [f"the {value} {feeling} {x}" for value, feeling in likes.items()]
-    opening = {"all": _list(rng.sample(people, len(people))), "feelings": _list(rng.sample(feelings, len(feelings)))}
-    if ability == "knowledge":
-        options = [f"only {x}", f"only {y}", "both of them", "neither of them"]
-    else:
-        options = {"emotion": list(FEELINGS.values()), "non-literal communication": list(SPEECH)}.get(ability)
-        options = options or [_OPTIONS[family].format(v=value) for value in values]
-    rng.shuffle(options)
-    noted, note = rng.choice(("first", "last", None)), Event("note", m, rng.choice(values))  # a value named in passing
-    noted = noted if ability in ("belief", "desire", "intention") else None
-    question = _QUESTIONS[ability][twist == "second order"].format(**cast)
-
-    stories = []
-    for variant, script in zip(("hard", "control"), scripts):
-        events = _events(script, cast, values)
-        if noted:
-            events.insert(0 if noted == "first" else len(events), note)
-        world = World(people)
-        for event in events:
-            world.apply(event)
-        gold = conclude(ability, *minds(world, ability, twist, cast), world, cast, likes)
-        short = conclude(ability, *readers_minds(world, ability, cast), world, cast, likes)
-        assert (gold == short) == (variant == "control"), (script, gold, short)
-        text = _tell(tuple(events), wording, family, cast | opening)
-        problem = Problem(
-            text, question, options, LETTERS[options.index(gold)], ability, f"stories/{split}", f"{split}-{seed}-{pair}", variant
-        )
-        story = Story(problem, "", tuple(events), twist, LETTERS[options.index(short)], cast, likes)
-        stories.append(replace(story, trace=format_trace(list(zip(STAGES, gold_stages(story))), problem.answer)))
-    return stories
+# ----------------------------------------------------------- the simulator: stories and their twins
 
 
 def generate_stories(n: int, seed: int, split: str = "train") -> list[Story]:
-    """`n` stories, hard and control in turn, abilities and twists in rotation. Splits: train, test, shift (METHOD.md section 8).
+    """Generate n stories, hard and control in turn, abilities and twists in rotation.
 
-    Same seed, same stories; a shorter list is the beginning of a longer one. Train and test share words but no story; shift
-    has names, nouns, sentences and scripts of its own.
+    The same seed gives the same stories, and a shorter list is the beginning of a longer one. Train
+    and test share words but no story. "shift" has names, nouns, sentences and scripts of its own.
+    Any other split is a ValueError.
     """
     if split not in ("train", "test", "shift"):
         raise ValueError(f"unknown split {split!r}: expected 'train', 'test' or 'shift'")
-    return [story for pair in range((n + 1) // 2) for story in _twins(split, seed, pair)][:n]
+    stories = []
+    for pair in range((n + 1) // 2):
+        stories += make_twins(split, seed, pair)
+    return stories[:n]
 
 
 def generate_problems(n: int, seed: int, split: str = "train") -> list[Problem]:
-    """The problems of `generate_stories`."""
+    """Generate the problems of `generate_stories`."""
     return [story.problem for story in generate_stories(n, seed, split)]
 
 
-# ------------------------------------------------------------------------------------- what the command lines share
+def make_twins(split: str, seed: int, pair: int) -> list[Story]:
+    """Make a hard story and its control twin: same people, words and options, other events.
 
-TINY = Path(__file__).parent / "assets" / "tiny"  # the embedded policy
-TINY_CONTENT = Path(__file__).parent / "assets" / "content"  # and its content model
+    All random numbers are drawn here and in `draw_cast`. Their order must stay as it is, or a seed
+    gives other stories: so they are drawn even where an ability has no use for them.
+    """
+    rng = random.Random(f"{split}/{seed}/{pair}")
+    ability, twist = ABILITIES[pair % 6], TWISTS[pair // 6 % 5]
+    words = WORDS[ability]
+    lexicon = SHIFT if split == "shift" else MAIN
+    scripts = rng.choice(lexicon.scripts[words["scripts"]][twist])
+    cast, values = draw_cast(rng, lexicon, ability, split)
+    likes = dict(zip(values, rng.sample(list(FEELINGS), 4))) if ability == "emotion" else {}
+    wording = {event: rng.choice(sentences) for event, sentences in lexicon.sentences.items()}
+    people = people_of(cast)
+    feelings = [f"the {value} {feeling} {cast['x']}" for value, feeling in likes.items()]
+    everybody = join_words(rng.sample(people, len(people)))
+    opening = cast | {"all": everybody, "feelings": join_words(rng.sample(feelings, len(feelings)))}
+    options = words.get("options") or [words["option"].format(v=value) for value in values]
+    options = [option.format(**cast) for option in options]
+    rng.shuffle(options)
+    # A value that is named in passing, so that the first and the last one named do not tell much.
+    note_place = rng.choice(("first", "last", "nowhere"))
+    note = Event("note", cast["m"], rng.choice(values))
+    if "option" not in words:
+        note_place = "nowhere"
+
+    order = "second-order question" if twist == "second order" else "question"
+    question = words[order].format(**cast)
+    origin = {"ability": ability, "source": f"stories/{split}", "id": f"{split}-{seed}-{pair}"}
+    stories = []
+    for variant in ("hard", "control"):
+        events = read_script(scripts[variant], cast, values)
+        if note_place == "first":
+            events.insert(0, note)
+        elif note_place == "last":
+            events.append(note)
+        text = tell(events, wording, FAMILY[ability], opening)
+        # Until the story is solved, its answer and its shortcut are "A".
+        problem = Problem(text, question, options, answer="A", variant=variant, **origin)
+        stories.append(solve(Story(problem, "", tuple(events), twist, "A", cast, likes)))
+    return stories
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+def draw_cast(rng: random.Random, lexicon: Lexicon, ability: str, split: str) -> tuple[dict, list]:
+    """Draw people and things; return the cast, by role, and four values of the fact that changes.
 
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}; see --help")
+    Test takes a fifth of the combinations and train the others, so that they share no story.
+    """
+    places = lexicon.values[FAMILY[ability]]
+    while True:
+        x, m, y = rng.sample(lexicon.names, 3)
+        values = rng.sample(places, 4)
+        mark = lexicon.names.index(x) + lexicon.names.index(m) + places.index(values[0])
+        if split == "shift" or (mark % 5 == 0) == (split == "test"):
+            break
+    cast = {"x": x, "y": y, "m": m}
+    if WORDS[ability]["scripts"] == "one mind":
+        del cast["y"]
+    return cast | {"o": rng.choice(lexicon.objects), "r": rng.choice(lexicon.rooms)}, values
+
+
+def tell(events: list[Event], wording: dict[str, str], family: str, words: dict[str, str]) -> str:
+    """Tell events in English, one sentence each, behind an opening.
+
+    A report that is false is said to be: the reader knows, the character does not.
+    """
+    patterns = {name.removeprefix(f"{family} "): pattern for name, pattern in wording.items()}
+    sentences, real = [patterns["open"].format(**words)], ""
+    for event in events:
+        kind = "reset" if event.kind == "set" and real else event.kind
+        happening = {"a": event.actor, "b": event.target, "v": event.value}
+        sentences.append(patterns[kind].format(**words, **happening))
+        if event.kind == "set":
+            real = event.value
+        elif event.kind == "tell" and event.value != real:
+            sentences.append(patterns["false"])
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+def solve(story: Story) -> Story:
+    """Fill in what follows from the events of a story: its answer, its shortcut and its trace."""
+    world = replay(story)
+    answer = letter_of(story.problem, conclude(story, world, minds(story, world)))
+    shortcut = letter_of(story.problem, conclude(story, world, readers_minds(story, world)))
+    assert (answer == shortcut) == (story.problem.variant == "control"), story
+    story = replace(story, problem=replace(story.problem, answer=answer), shortcut=shortcut)
+    return replace(story, trace=format_trace(list(zip(STAGES, gold_stages(story))), answer))
+
+
+# ------------------------------------------------------------------------------------------- files
 
 
 def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row) of a JSONL or CSV file; (place, row) of a JSON file with a list of rows, alone or under "data".
+    """Read a JSONL, CSV or JSON file, and yield (line, row); for JSON (place in the list, row).
 
-    ValueError names file and line.
+    A JSON file holds a list of rows, alone or under "data"; if it holds anything else it has no
+    rows. A file that cannot be read, and a broken row, are ValueErrors that name file and line.
     """
+    readers = {".csv": read_csv, ".json": read_json_list}
+    read = readers.get(file.suffix.lower(), read_jsonl)
+    for number, row in read(file, read_lines(file)):
+        if not isinstance(row, dict):
+            got = type(row).__name__
+            raise ValueError(f"{file}:{number}: expected a JSON object, got {got}")
+        yield number, row
+
+
+def read_jsonl(file: Path, lines: io.StringIO) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, parse_json(line.strip(), file, number)
+
+
+def read_json_list(file: Path, lines: io.StringIO) -> Iterator[tuple[int, object]]:
+    value = parse_json(lines.read(), file, 1)
+    if isinstance(value, dict):
+        value = value.get("data")
+    if isinstance(value, list):
+        yield from enumerate(value, start=1)
+
+
+def read_csv(file: Path, lines: io.StringIO) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(lines, strict=True)
     try:
-        data = file.read_bytes()
-        text = io.StringIO(data.decode("utf-8-sig"), newline="")
+        for row in reader:
+            if None in row:
+                place = f"{file}:{reader.line_num}"
+                raise ValueError(f"{place}: more cells than the {len(row) - 1} columns")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{file}:{reader.reader.line_num}: broken row: {error}") from None
+
+
+def read_lines(file: Path) -> io.StringIO:
+    """Open a text file in memory; its lines keep their ends."""
+    try:
+        return io.StringIO(file.read_bytes().decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}:{data[: error.start].count(10) + 1}: not UTF-8: {error.reason}") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{file}:{line}: not UTF-8: {error.reason}") from None
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; expected a .jsonl, .json or .csv file, or a folder of them") from None
-    number, whole = 1, file.suffix.lower() == ".json"
+        expected = "expected a .jsonl, .json or .csv file, or a folder of them"
+        raise ValueError(f"{file}: {error.strerror}; {expected}") from None
+
+
+def parse_json(text: str, file: Path, line: int) -> object:
+    """Parse JSON that starts on this line of a file; a bare NaN, as in ToMBench, is a number."""
     try:
-        if file.suffix.lower() == ".csv":
-            reader = csv.DictReader(text, strict=True)
-            for row in reader:
-                number = reader.line_num
-                if None in row:
-                    raise ValueError(f"{file}:{number}: more cells than the {len(reader.fieldnames)} columns")
-                yield number, row
-            return
-        for number, item in enumerate(_json_list(text) if whole else text, start=1):
-            if whole or item.strip():
-                row = item if whole else json.loads(item)  # reads the bare NaN of ToMBench
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
-                yield number, row
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}:{error.lineno if whole else number}: not JSON, at column {error.colno}: {error.msg}") from None
-    except (csv.Error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{file}:{number}: broken row: {error}") from None
-
-
-def _json_list(text: io.StringIO) -> list:
-    """The rows of a JSON file; none where it holds something else."""
-    value = json.load(text)
-    value = value.get("data") if isinstance(value, dict) else value
-    return value if isinstance(value, list) else []
+        place = f"{file}:{line + error.lineno - 1}"
+        raise ValueError(f"{place}: not JSON, at column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}:{line}: broken row: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name and rename: the file is whole or not there."""
+    """Write a file under a temporary name and rename it, so that it is complete or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -637,6 +683,86 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+# ------------------------------------------------------------------------ settings, command lines
+
+
+def setting(default, help, low=None, high=None, above=None, choices=(), kind=None):
+    """Declare a field of a Settings class: its default, its meaning, and which values are allowed.
+
+    A number is finite, from `low` to `high`, and greater than `above`. `kind` is the type, and must
+    be given if the default is None.
+    """
+    rule = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    return field(default=default, metadata=rule | {"kind": kind or type(default)})
+
+
+BOUNDS = {"low": ("at least", operator.ge), "above": ("above", operator.gt)}
+BOUNDS |= {"high": ("at most", operator.le)}
+
+
+def expected_instead(value: object, rule: dict) -> str:
+    """Say what was expected where a value breaks the rule of its field; "" where it does not."""
+    kind, choices = rule["kind"], rule["choices"]
+    if choices:
+        return "" if value in choices else "one of " + ", ".join(map(str, choices))
+    if kind not in (int, float):
+        return "" if isinstance(value, kind) else kind.__name__
+    fits = type(value) in (int, kind) and -math.inf < value < math.inf
+    expected = ["a whole number" if kind is int else "a finite number"]
+    for name, (words, holds) in BOUNDS.items():
+        if rule[name] is not None:
+            expected.append(f"{words} {rule[name]}")
+            fits = fits and holds(value, rule[name])
+    return "" if fits else ", ".join(expected)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Settings:
+    """Base of frozen dataclasses whose fields are made by `setting`.
+
+    It checks the values and makes the flags of a command line. A value that is not allowed is a
+    ValueError that names its flag; None is allowed where it is the default. A class with rules
+    between its fields overrides __post_init__ and calls this one first.
+    """
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None and entry.default is None:
+                continue
+            expected = expected_instead(value, entry.metadata)
+            if expected:
+                raise ValueError(f"{flag_of(entry.name)} {value}: expected {expected}")
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser, *presets: "Settings") -> None:
+        """Add a flag for every field, None unless given; its help ends with the presets' values."""
+        for entry in fields(cls):
+            rule = entry.metadata
+            reading = {"type": rule["kind"], "choices": rule["choices"] or None}
+            if rule["kind"] is bool:
+                reading = {"action": argparse.BooleanOptionalAction}
+            values = [getattr(preset, entry.name) for preset in presets or (cls(),)]
+            defaults = " | ".join(dict.fromkeys(str(value) or "none" for value in values))
+            text = f"{rule['help']} ({defaults})".replace("%", "%%")
+            parser.add_argument(flag_of(entry.name), **reading, help=text)
+
+    def updated(self, args: argparse.Namespace) -> "Settings":
+        """Return these settings with the values that were given on the command line."""
+        given = {entry.name: getattr(args, entry.name, None) for entry in fields(self)}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; see --help")
 
 
 def exit_on_error(main: Callable[[], None]) -> None:

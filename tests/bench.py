@@ -1,15 +1,23 @@
-"""Speed and memory beside what one would use instead, both sides in one run: prints ratios, asserts nothing.
+"""Measure speed and memory beside what one would use instead, and print the ratios.
 
     python tests/bench.py rollout|load|step [--model DIR] [--repeats 5] [--threads 2]
-    python tests/bench.py eval --model DIR --data tombench/data [--items 200] [--new 128] [--repeats 1]
+    python tests/bench.py eval --model DIR --data tombench/data [--items 200] [--new 128]
 
-`rollout` samples 4 prompts of 256 tokens x 5 completions, at most 128 new tokens, at temperature 1, with generate and with that of
-transformers (to be installed beside the project's requirements). `load` reads the checkpoint into fp32. `step` is a whole step of GRPO on
-such a rollout: sampling, reference (beta .04), update with AdamW, in fp32, with activation checkpointing (the default of both) and
-without, whole and in micro-batches, beside TRL's GRPOTrainer (to be installed too). `eval` answers the items of a benchmark greedily, with evaluate and with transformers' generate in
-batches of 16, padded left and sorted by length. Without --model the model is Qwen3-shaped with random weights: width 512, 8 layers,
-vocabulary 32000, 42M parameters. Sides take turns; times are medians; memory is the peak of a process of its own.
+rollout   Sample 5 completions of at most 128 tokens for each of 4 prompts of 256 tokens, at
+          temperature 1, with `generate` and with the `generate` of transformers.
+load      Read the checkpoint into float32, with `load_model` and with transformers.
+step      Do a whole step of GRPO on such a rollout in float32: sampling, reference (beta 0.04) and
+          an update with AdamW; with and without activation checkpointing, which is on by default,
+          in one piece and in micro-batches. The other side is TRL's GRPOTrainer.
+eval      Answer the items of a benchmark greedily, with `evaluate` and with the `generate` of
+          transformers, in batches of 16 that are sorted by length and padded on the left.
+
+The other side is installed beside the project's requirements, in an environment of its own:
+transformers, and trl for `step`. Without --model, the model is a Qwen3 with random weights: width
+512, 8 layers, vocabulary 32000, 42M parameters. Both sides run in one call; they take turns where
+one process can hold both. Times are medians, and memory is the peak of a process of its own.
 """
+
 import argparse
 import ast
 import os
@@ -18,7 +26,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -32,59 +42,80 @@ from rewards import RewardConfig  # noqa: E402
 from socialr1 import build_messages  # noqa: E402
 
 P, G, PROMPT, NEW = 4, 5, 256, 128
-RAW = dict(
-    model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=32000, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=64, rope_theta=10000.0, rms_norm_eps=1e-6, hidden_act="silu",
-    tie_word_embeddings=True, max_position_embeddings=1024,
-)  # fmt: skip
+RAW = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 1024,
+}
+# glibc keeps freed blocks of a few MiB, and memory grows by the holes between them. With this
+# variable in its environment it gives them back.
+LEAN = "MALLOC_MMAP_THRESHOLD_=4194304"
 
 
-def write_random_model(folder: Path) -> None:
+def write_random_model(folder: Path, **changes) -> None:
     torch.manual_seed(0)
-    ours.save_model(ours.Transformer(ours.ModelConfig.from_json(RAW)), folder)
+    ours.save_model(ours.Transformer(ours.parse_config(RAW | changes)), folder)
 
 
-def seconds(work) -> float:
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long `work()` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-# ------------------------------------------------------------------------------------------------------- the machine's limit
+# ------------------------------------------------------------------------- the machine's limit
 
 
 def bandwidth() -> float:
-    """Bytes per second when a large tensor is read once."""
+    """Measure the bytes per second with which a large tensor is read."""
     x = torch.zeros(64 << 20)
     return x.nbytes / statistics.median(seconds(x.sum) for _ in range(7))
 
 
 def arithmetic() -> float:
-    """Floating-point operations per second of a large matrix product in fp32, plain or packed, whichever is faster."""
-    x, layer = torch.randn(2048, 2048), ours.Linear(2048, 2048)
-    with torch.inference_mode():
-        plain = statistics.median(seconds(lambda: layer(x)) for _ in range(7))
-        if ours._packing_works():
-            layer.packed = ours._pack(layer.weight)
-        return 2 * 2048**3 / min(plain, statistics.median(seconds(lambda: layer(x)) for _ in range(7)))
+    """Measure the floating-point operations per second of a large matrix product in float32."""
+    x, y = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    return 2 * 2048**3 / statistics.median(seconds(lambda: x @ y) for _ in range(7))
 
 
-def limit(config: ours.ModelConfig, lengths: np.ndarray, rate_bytes: float, rate_flops: float) -> float:
-    """Seconds that no implementation can beat: per step, reading weights and caches once, or the arithmetic, whichever is longer."""
+def least_seconds(
+    config: ours.ModelConfig, lengths: np.ndarray, byte_rate: float, operation_rate: float
+) -> float:
+    """Compute how long a rollout with completions of these lengths takes at the very least.
+
+    Each decoding step must read weights and caches once, and do its arithmetic: the longer of the
+    two counts. The prompts are pure arithmetic.
+    """
     c = config
-    layer = c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.hidden_size * c.intermediate_size
-    body, head = c.num_layers * layer, c.vocab_size * c.hidden_size
-    position = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # cached numbers per token
-    per_row = 4 * c.num_layers * c.num_heads * c.head_dim  # operations per attended position
-    total = (2 * body * P * PROMPT + 2 * head * P + per_row * P * PROMPT**2 / 2) / rate_flops
+    attention = c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    body = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    head = c.vocab_size * c.hidden_size
+    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # numbers per token
+    attending = 4 * c.num_layers * c.num_heads * c.head_dim  # operations per attended position
+
+    prompts = 2 * body * P * PROMPT + 2 * head * P + attending * P * PROMPT**2 / 2
+    total = prompts / operation_rate
     for t in range(1, int(lengths.max())):
         rows = int((lengths > t).sum())
-        read = 4 * (body + head + position * (P * PROMPT + rows * t))
-        total += max(read / rate_bytes, (2 * rows * (body + head) + per_row * rows * (PROMPT + t)) / rate_flops)
+        read = 4 * (body + head + cached * (P * PROMPT + rows * t))
+        computed = rows * (2 * (body + head) + attending * (PROMPT + t))
+        total += max(read / byte_rate, computed / operation_rate)
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------- the two sides
+# ------------------------------------------------------------------------------- the two sides
 
 
 class Ours:
@@ -95,25 +126,28 @@ class Ours:
         self.stop = self.model.config.vocab_size - 1
 
     def sample(self, prompts: list[list[int]], lengths: np.ndarray) -> None:
-        """Every completion ends after its planned length: its random number there is 2, which means the stop id."""
-        plan = {(tuple(p), g): lengths[i, g] for i, p in enumerate(prompts) for g in range(G)}
+        """Sample completions of exactly these lengths (P, G).
+
+        The random number at the end of each completion is replaced by 2, which means the stop id.
+        """
         uniforms, choose = ours.uniforms, ours.choose
+        ends = {tuple(prompt): row for prompt, row in zip(prompts, lengths - 1)}
 
         def planned_uniforms(seed, prompt, place, count):
             numbers = uniforms(seed, prompt, place, count)
-            numbers[plan[tuple(prompt), place] - 1] = 2
+            numbers[ends[tuple(prompt)][place]] = 2
             return numbers
 
-        def planned_choose(log_probs, uniform, *settings) -> Tensor:
-            chosen = choose(log_probs, uniform, *settings)
+        def planned_choose(logprobs: Tensor, uniform: Tensor, *args, **kwargs) -> Tensor:
+            chosen = choose(logprobs, uniform, *args, **kwargs)
             chosen[chosen == self.stop] = 0
             return torch.where(uniform > 1, self.stop, chosen)
 
-        ours.uniforms, ours.choose = planned_uniforms, planned_choose
-        try:
+        with (
+            patch.object(ours, "uniforms", planned_uniforms),
+            patch.object(ours, "choose", planned_choose),
+        ):
             groups = ours.generate(self.model, prompts, G, NEW, stop_ids=(self.stop,))
-        finally:
-            ours.uniforms, ours.choose = uniforms, choose
         assert [[len(c.tokens) for c in group] for group in groups] == lengths.tolist()
 
 
@@ -127,6 +161,7 @@ class Theirs:
         self.model.generation_config.eos_token_id = None
 
     def sample(self, prompts: list[list[int]], lengths: np.ndarray) -> None:
+        """Sample completions of exactly these lengths (P, G)."""
         ends = torch.from_numpy(lengths).flatten()
 
         def planned_stop(ids: Tensor, scores, **kwargs) -> Tensor:
@@ -134,73 +169,145 @@ class Theirs:
 
         tokens = torch.tensor(prompts)
         out = self.model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            num_return_sequences=G, max_new_tokens=NEW, pad_token_id=0, stopping_criteria=[planned_stop],
-        )  # fmt: skip
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=G,
+            max_new_tokens=NEW,
+            pad_token_id=0,
+            stopping_criteria=[planned_stop],
+        )
         assert out.shape == (P * G, PROMPT + lengths.max())
+
+
+SIDES = {side.name: side for side in (Ours, Theirs)}
+
+
+def random_prompts(generator: np.random.Generator, vocab_size: int) -> list[list[int]]:
+    return generator.integers(0, vocab_size - 1, (P, PROMPT)).tolist()
+
+
+# ------------------------------------------------------------------------------------- rollout
 
 
 def rollout(folder: Path, repeats: int) -> None:
     sides = [Ours(folder), Theirs(folder)]
     config = sides[0].model.config
     generator = np.random.default_rng(0)
-    prompts = generator.integers(0, config.vocab_size - 1, (P, PROMPT)).tolist()
-    spread = generator.permutation(np.linspace(16, NEW, P * G).astype(int)).reshape(P, G)
-    rates = bandwidth(), arithmetic()
-    print(f"{folder}: {P} prompts of {PROMPT} x {G}, {torch.get_num_threads()} threads; reads {rates[0] / 1e9:.0f} GB/s, {rates[1] / 1e9:.0f} GFLOP/s")
-    for label, lengths in (("all of 128", np.full((P, G), NEW)), ("16 to 128", spread)):
-        times: dict[str, list[float]] = {side.name: [] for side in sides}
-        for repeat in range(repeats + 1):
+    prompts = random_prompts(generator, config.vocab_size)
+    mixed = generator.permutation(np.linspace(16, NEW, P * G).astype(int)).reshape(P, G)
+    byte_rate, operation_rate = bandwidth(), arithmetic()
+    print(
+        f"{folder}: {P} prompts of {PROMPT} x {G}, {torch.get_num_threads()} threads; "
+        f"reads {byte_rate / 1e9:.0f} GB/s, {operation_rate / 1e9:.0f} GFLOP/s"
+    )
+    for label, lengths in (("all of 128", np.full((P, G), NEW)), ("16 to 128", mixed)):
+        times = {side.name: [] for side in sides}
+        for _ in range(repeats + 1):
             for side in sides:
-                took = seconds(lambda: side.sample(prompts, lengths))
-                times[side.name] += [took] if repeat else []  # the first turn warms up
-        mine, other = (statistics.median(times[side.name]) for side in sides)
-        new, best = int(lengths.sum()), limit(config, lengths.flatten(), *rates)
+                times[side.name].append(seconds(lambda: side.sample(prompts, lengths)))
+        # The first turn warms up.
+        mine, other = (statistics.median(times[side.name][1:]) for side in sides)
+        tokens = int(lengths.sum())
+        least = least_seconds(config, lengths.flatten(), byte_rate, operation_rate)
         print(
-            f"  {label:10}  ours {new / mine:5.0f} new tokens/s ({mine:.2f} s)   transformers {new / other:5.0f} ({other:.2f} s)   "
-            f"ratio {other / mine:.2f}   ours reaches {best / mine:.0%} of the machine's limit"
+            f"  {label:10}  ours {tokens / mine:5.0f} new tokens/s ({mine:.2f} s)   "
+            f"transformers {tokens / other:5.0f} ({other:.2f} s)   ratio {other / mine:.2f}   "
+            f"ours reaches {least / mine:.0%} of the machine's limit"
         )
-    for side in (Ours, Theirs):
-        print(f"  peak memory {side.name}: {in_a_process('sample_peak', side.__name__, str(folder)) / 2**20:.0f} MiB")
+    for name in SIDES:
+        peak = in_a_process("sample_peak", name, str(folder))
+        print(f"  peak memory {name}: {peak / 2**20:.0f} MiB")
+
+
+def sample_peak(name: str, folder: str) -> int:
+    prompts = random_prompts(np.random.default_rng(0), 1000)
+    SIDES[name](Path(folder)).sample(prompts, np.full((P, G), NEW))
+    return peak_memory()
+
+
+# ---------------------------------------------------------------------------------------- load
 
 
 def load(folder: Path, repeats: int) -> None:
-    for side in (Ours, Theirs):
-        runs = [in_a_process("load_peak", side.__name__, str(folder)) for _ in range(repeats)]
-        took, over, weights = (statistics.median(column) for column in zip(*runs))
-        print(f"  {side.name:12} {took:.2f} s, peak {over / 2**20:.0f} MiB over the start = {over / weights:.2f} x the weights in fp32")
+    for name in SIDES:
+        runs = [in_a_process("load_peak", name, str(folder)) for _ in range(repeats)]
+        took, added, weights = (statistics.median(column) for column in zip(*runs))
+        print(
+            f"  {name:12} {took:.2f} s, peak {added / 2**20:.0f} MiB over the start "
+            f"= {added / weights:.2f} x the weights in fp32"
+        )
+
+
+def load_peak(name: str, folder: str) -> tuple[float, int, int]:
+    """Return seconds, bytes of memory over the start, and bytes of weights.
+
+    A tiny model is loaded first, so that the libraries do not count.
+    """
+    sizes = ("vocab_size", "hidden_size", "intermediate_size")
+    counts = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    with tempfile.TemporaryDirectory() as tiny:
+        write_random_model(Path(tiny), **dict.fromkeys(sizes, 32), **dict.fromkeys(counts, 1))
+        SIDES[name](Path(tiny))
+    before, start = peak_memory(), time.perf_counter()
+    model = SIDES[name](Path(folder)).model
+    took = time.perf_counter() - start
+    return took, peak_memory() - before, sum(p.nbytes for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------- step
 
 
 def our_steps(folder: Path, recompute: bool, token_budget: int, count: int) -> list[float]:
-    """Seconds of each of `count` steps on prompts and rewards of random numbers, so that the answer's text does not matter."""
-    config = GRPOConfig(prompts=P, group_size=G, max_new_tokens=NEW, recompute=recompute, token_budget=token_budget)
-    model, reference, optimizer = load_policies(Run(folder, Path(), (), "en", "cpu", config, RewardConfig()), None)
-    generator, times = np.random.default_rng(0), []
+    """Return the seconds of each step, with random prompts and rewards in place of real ones."""
+    config = GRPOConfig(
+        prompts=P,
+        group_size=G,
+        max_new_tokens=NEW,
+        recompute=recompute,
+        token_budget=token_budget,
+    )
+    run = Run(model=folder, out=Path(), config=config, reward_config=RewardConfig())
+    model, reference, optimizer = load_policies(run, None)
+    generator = np.random.default_rng(0)
 
     def step(seed: int) -> None:
-        prompts = generator.integers(0, model.config.vocab_size - 1, (P, PROMPT)).tolist()
+        prompts = random_prompts(generator, model.config.vocab_size)
         groups = ours.generate(model, prompts, G, NEW, seed=seed)
-        advantages = group_advantages(torch.from_numpy(generator.random((P, G))).float())
-        update(model, reference, optimizer, Rollout(prompts, groups, advantages), config)
+        advantages = group_advantages(torch.from_numpy(generator.random((P, G))))
+        rollout = Rollout(prompts, groups, advantages.tolist())
+        update(model, reference, optimizer, rollout, config)
 
-    for seed in range(count):
-        times.append(seconds(lambda: step(seed)))
-    return times
+    return [seconds(lambda: step(seed)) for seed in range(count)]
 
 
 def their_steps(folder: Path, recompute: bool, rows: int, count: int) -> list[float]:
-    """The same with TRL, `rows` completions in a micro-batch: words w0 w1 ... for prompts, one token each; completions of full length."""
+    """Return the seconds of each step of TRL with `rows` completions in a micro-batch.
+
+    Prompts are words "w0 w1 ..." of one token each; all completions have the full length.
+    """
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import GRPOConfig as Settings, GRPOTrainer
+    from trl import GRPOConfig as Settings
+    from trl import GRPOTrainer
 
     size = ours.read_config(folder).vocab_size
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{size - 1}", pad_token="w0", padding_side="left")
-    generator, times = np.random.default_rng(0), []
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=f"w{size - 1}",
+        pad_token="w0",
+        padding_side="left",
+    )
+    generator = np.random.default_rng(0)
     prompts = generator.integers(1, size - 1, (P * count, PROMPT))
+    data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in prompts]})
+    times = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -214,136 +321,212 @@ def their_steps(folder: Path, recompute: bool, rows: int, count: int) -> list[fl
 
     with tempfile.TemporaryDirectory() as out:
         settings = Settings(
-            output_dir=out, max_steps=count, per_device_train_batch_size=rows, gradient_accumulation_steps=P * G // rows, num_generations=G,
-            max_completion_length=NEW, beta=0.04, learning_rate=5e-7, use_cpu=True, bf16=False, gradient_checkpointing=recompute,
-            report_to="none", save_strategy="no", disable_tqdm=True, logging_strategy="no", generation_kwargs={"min_new_tokens": NEW},
+            output_dir=out,
+            max_steps=count,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=P * G // rows,
+            num_generations=G,
+            max_completion_length=NEW,
+            beta=0.04,
+            learning_rate=5e-7,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=recompute,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+            generation_kwargs={"min_new_tokens": NEW},
             model_init_kwargs={"dtype": "float32"},
-        )  # fmt: skip
-        data = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in prompts]})
-        trainer = GRPOTrainer(str(folder), reward, settings, data, processing_class=tokenizer, callbacks=[Clock()])
+        )
+        trainer = GRPOTrainer(
+            str(folder),
+            reward,
+            settings,
+            data,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
         trainer.train()
     return times
 
 
-def step_peak(steps: str, folder: str, *settings) -> tuple[list[float], int]:
-    return globals()[steps](Path(folder), *settings), high_water()
+# By label: activation checkpointing, and the size of a micro-batch in tokens or completions.
+OUR_SETTINGS = {
+    "default": (True, 8192),
+    "no checkpointing": (False, 8192),
+    "--token-budget 1024": (True, 1024),
+    f"--token-budget 1024, {LEAN}": (True, 1024),
+}
+THEIR_SETTINGS = {
+    "default": (True, P * G),
+    "no checkpointing": (False, P * G),
+    "4 micro-batches": (True, G),
+    f"4 micro-batches, {LEAN}": (True, G),
+}
 
 
 def step(folder: Path, repeats: int) -> None:
-    print(f"{folder}: one step of GRPO on {P} prompts of {PROMPT} x {G} completions of {NEW}, {torch.get_num_threads()} threads")
-    ours_with = {"default": (True, 8192), "no checkpointing": (False, 8192), "--token-budget 1024": (True, 1024), f"--token-budget 1024, {LEAN}": (True, 1024)}
-    theirs_with = {"default": (True, P * G), "no checkpointing": (False, P * G), "4 micro-batches": (True, G), f"4 micro-batches, {LEAN}": (True, G)}
-    found = {}
-    for side, settings in (("their_steps", theirs_with), ("our_steps", ours_with)):
-        for label, values in settings.items():
-            times, peak = in_a_process("step_peak", side, str(folder), *values, repeats + 1, lean=LEAN in label)
-            found[side, label] = statistics.median(times[1:]), peak  # the first step warms up
-            print(f"  {'TRL ' if side == 'their_steps' else 'ours'} {label:44} {found[side, label][0]:5.1f} s   {peak / 2**20:5.0f} MiB", flush=True)
-    for label in ours_with:
-        for other in theirs_with:
-            (mine, my_peak), (its, its_peak) = found["our_steps", label], found["their_steps", other]
-            print(f"  ours {label:44} beside TRL {other:40}   {its / mine:.2f} x the steps per second, {my_peak / its_peak:.2f} x the memory")
+    print(
+        f"{folder}: one step of GRPO on {P} prompts of {PROMPT} x {G} completions of {NEW}, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+    def measure(name: str, steps: str, label: str, settings: tuple) -> tuple[float, int]:
+        arguments = (steps, str(folder), *settings, repeats + 1)
+        times, peak = in_a_process("step_peak", *arguments, lean=LEAN in label)
+        took = statistics.median(times[1:])  # the first step warms up
+        print(f"  {name} {label:44} {took:5.1f} s   {peak / 2**20:5.0f} MiB", flush=True)
+        return took, peak
+
+    theirs = {
+        label: measure("TRL ", "their_steps", label, settings)
+        for label, settings in THEIR_SETTINGS.items()
+    }
+    mine = {
+        label: measure("ours", "our_steps", label, settings)
+        for label, settings in OUR_SETTINGS.items()
+    }
+    for label, (took, peak) in mine.items():
+        for other, (its_time, its_peak) in theirs.items():
+            print(
+                f"  ours {label:44} beside TRL {other:40}   "
+                f"{its_time / took:.2f} x the steps per second, {peak / its_peak:.2f} x the memory"
+            )
 
 
-def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int, batch: int = 16) -> None:
-    """Both sides get problems and give texts; the share of equal texts says that they do the same."""
+def step_peak(steps: str, folder: str, *settings) -> tuple[list[float], int]:
+    return globals()[steps](Path(folder), *settings), peak_memory()
+
+
+# ---------------------------------------------------------------------------------------- eval
+
+
+def evaluation(folder: Path, data: Path, items: int, new: int, repeats: int) -> None:
+    """Let both sides write an answer to each problem, and count how many texts are the same."""
     problems = spread_problems(read_benchmark(data), items)
-    tokenizer, mine, other = ours.Tokenizer(folder), Ours(folder).model, Theirs(folder).model
+    tokenizer = ours.Tokenizer(folder)
+    mine, other = Ours(folder).model, Theirs(folder).model
 
     def by_evaluate() -> list[str]:
-        return [record["text"] for record in evaluate(mine, tokenizer, problems, max_new_tokens=new)["responses"]]
+        result = evaluate(mine, tokenizer, problems, max_new_tokens=new)
+        return [record["text"] for record in result["responses"]]
 
     def by_transformers() -> list[str]:
         prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
-        order, texts = sorted(range(len(problems)), key=lambda i: -len(prompts[i])), [""] * len(problems)
-        for start in range(0, len(problems), batch):
-            some = order[start : start + batch]
-            tokens, mask = ours.pad([prompts[i] for i in some], "left", torch.device("cpu"))
-            out = other.generate(
-                tokens, attention_mask=mask.long(), do_sample=False, max_new_tokens=new, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.stop_ids[0]
-            )
-            for i, row in zip(some, out[:, tokens.shape[1] :].tolist()):
-                end = next((at + 1 for at, token in enumerate(row) if token in tokenizer.stop_ids), new)
-                texts[i] = tokenizer.decode(row[:end])
-        return texts
+        return generated_texts(other, tokenizer, prompts, new)
 
     texts, times = {}, {by_evaluate: [], by_transformers: []}
     for _ in range(repeats):
         for side in times:
-            times[side].append(seconds(lambda: texts.update({side: side()})))
-    took, others = (statistics.median(some) for some in times.values())
+            start = time.perf_counter()
+            texts[side] = side()
+            times[side].append(time.perf_counter() - start)
+    took, its_time = (statistics.median(values) for values in times.values())
     equal = sum(a == b for a, b in zip(*texts.values()))
     print(
-        f"{folder}: {len(problems)} items of {data}, at most {new} new tokens, greedy, {torch.get_num_threads()} threads\n"
-        f"  evaluate {took:.1f} s   transformers {others:.1f} s   ratio {others / took:.2f}   equal texts {equal}"
+        f"{folder}: {len(problems)} items of {data}, at most {new} new tokens, greedy, "
+        f"{torch.get_num_threads()} threads\n"
+        f"  evaluate {took:.1f} s   transformers {its_time:.1f} s   "
+        f"ratio {its_time / took:.2f}   equal texts {equal}"
     )
 
 
-# ---------------------------------------------------------------------------------------------------- in processes of their own
+def generated_texts(
+    model, tokenizer: ours.Tokenizer, prompts: list[list[int]], new: int, batch_size: int = 16
+) -> list[str]:
+    """Continue prompts greedily with the `generate` of transformers."""
+    texts = [""] * len(prompts)
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(prompts), batch_size):
+        batch = longest_first[start : start + batch_size]
+        tokens, mask = pad_left([prompts[i] for i in batch])
+        out = model.generate(
+            tokens,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new,
+            eos_token_id=list(tokenizer.stop_ids),
+            pad_token_id=tokenizer.stop_ids[0],
+        )
+        for i, row in zip(batch, out[:, tokens.shape[1] :].tolist()):
+            stops = [t for t, token in enumerate(row) if token in tokenizer.stop_ids]
+            if stops:
+                row = row[: stops[0] + 1]
+            texts[i] = tokenizer.completion_text(prompts[i], row)
+    return texts
 
 
-LEAN = "MALLOC_MMAP_THRESHOLD_=4194304"  # glibc gives blocks of 4 MiB and more back at once; else it keeps some, and memory grows by the holes
+def pad_left(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Put lists of ids into one tensor, padded on the left -> tokens (B, T), mask (B, T)."""
+    tokens, mask = ours.pad([row[::-1] for row in rows], torch.device("cpu"))
+    return tokens.flip(1), mask.long().flip(1)
+
+
+# --------------------------------------------------------------------- processes of their own
 
 
 def in_a_process(function: str, *arguments, lean: bool = False):
-    """What `function(*arguments)` of this file returns in a new process."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, torch; torch.set_num_threads({torch.get_num_threads()}); "
-    code += f"print(bench.{function}(*{arguments!r}))"
-    environment = os.environ | dict([LEAN.split("=")] if lean else [])
-    lines = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout.splitlines()
-    return ast.literal_eval(lines[-1])
+    """Return what `function(*arguments)` of this file returns in a new process."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import bench, torch
+torch.set_num_threads({torch.get_num_threads()})
+print(bench.{function}(*{arguments!r}))
+"""
+    environment = dict(os.environ)
+    if lean:
+        name, _, value = LEAN.partition("=")
+        environment[name] = value
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return ast.literal_eval(run.stdout.splitlines()[-1])
 
 
-def high_water() -> int:
-    """Bytes of memory that this process has held at most (ru_maxrss would inherit the parent's)."""
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def sample_peak(side: str, folder: str) -> int:
-    prompts = np.random.default_rng(0).integers(0, 1000, (P, PROMPT)).tolist()
-    globals()[side](Path(folder)).sample(prompts, np.full((P, G), NEW))
-    return high_water()
-
-
-def load_peak(side: str, folder: str) -> tuple[float, int, int]:
-    """Seconds, bytes over the start, bytes of weights; a tiny model is loaded first, so that libraries do not count."""
-    with tempfile.TemporaryDirectory() as small:
-        tiny = RAW | dict(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
-        ours.save_model(ours.Transformer(ours.ModelConfig.from_json(tiny)), small)
-        globals()[side](Path(small))
-    before, start = high_water(), time.perf_counter()
-    model = globals()[side](Path(folder)).model
-    return time.perf_counter() - start, high_water() - before, sum(p.nbytes for p in model.parameters())
+def peak_memory() -> int:
+    """Return the most bytes that this process has held; ru_maxrss would inherit the parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM: peaks are measured on Linux only")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["rollout", "load", "step", "eval"])
-    parser.add_argument("--model", type=Path, help="checkpoint folder; default: random weights, 42M parameters")
+    parser.add_argument("--model", type=Path, help="checkpoint folder (random weights)")
     parser.add_argument("--data", type=Path, help="eval: benchmark files")
-    parser.add_argument("--items", type=int, default=200, help="eval: so many, evenly spread")
+    parser.add_argument("--items", type=int, default=200, help="eval: how many, evenly spread")
     parser.add_argument("--new", type=int, default=128, help="eval: new tokens at most")
     parser.add_argument("--repeats", type=int, help="turns of each side (5; step 3; eval 1)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.what == "eval" and not (args.model and args.data):
         parser.error("eval needs --model, for texts that end, and --data")
-    torch.set_num_threads(args.threads)
     try:
         import transformers  # noqa: F401
     except ImportError:
-        parser.error("the other side is missing: pip install transformers (in an environment of its own, with requirements.txt)")
+        parser.error(
+            "the other side is missing: pip install transformers "
+            "(in an environment of its own, with requirements.txt)"
+        )
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        if args.model is None:
-            args.model = Path(temporary) / "random-42M"
-            write_random_model(args.model)
-        if args.what == "eval":
-            evaluation(args.model, args.data, args.items, args.new, args.repeats or 1)
+        folder = args.model
+        if folder is None:
+            folder = Path(temporary) / "random-42M"
+            write_random_model(folder)
+        if args.what == "rollout":
+            rollout(folder, args.repeats or 5)
+        elif args.what == "load":
+            load(folder, args.repeats or 5)
         elif args.what == "step":
-            step(args.model, args.repeats or 3)
+            step(folder, args.repeats or 3)
         else:
-            {"rollout": rollout, "load": load}[args.what](args.model, args.repeats or 5)
+            evaluation(folder, args.data, args.items, args.new, args.repeats or 1)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""What all tests share: the path to the modules, and a fixture that runs their command lines."""
+
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs a module's command line in this process: (main, *arguments) -> exit code, output, errors."""
+    """Run a command line in this process: main, *arguments -> exit code, output, errors."""
     from socialr1 import exit_on_error
 
     def run(main, *arguments):
@@ -18,6 +20,7 @@ def command(monkeypatch, capsys):
             exit_on_error(main)
         except SystemExit as stop:
             code = stop.code
-        return code, *capsys.readouterr()
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run

@@ -2,20 +2,26 @@
 
     python tests/hacking.py [--model CHECKPOINT] [--content DIR] [--stories 200]
 
-Each policy answers as well as what it imitates can: whoever reasons about nothing guesses, so its letter is right as often as chance.
-"right" rows get the right letter given, to see what the trajectory alone is worth. With --model, the honest row is also sampled
-from that policy (temperature 1). The same table, with gold traces as the honest policy, is asserted on in test_hacking.py.
+A policy that reasons about nothing has to guess, so its letter is right as often as chance. "right"
+rows are given the right letter, to see what the trajectory alone is worth. With --model, there is
+also a row that is sampled from that policy (temperature 1). test_hacking.py asserts on the same
+table, with gold traces as the honest policy.
 """
+
 import argparse
 import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from grpo import TINY_PRESET  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "assets")]
+from make_pairs import corruptions  # noqa: E402
 from model import Tokenizer, generate, load_model  # noqa: E402
-from rewards import ContentModel, corruptions, load_content_model, total_reward  # noqa: E402
-from socialr1 import STAGES, TINY, TINY_CONTENT, Story, build_messages, format_trace, generate_stories, gold_stages, parse_response  # noqa: E402
+from rewards import ContentModel, RewardConfig, load_content_model, total_reward  # noqa: E402
+from socialr1 import STAGES, TINY, TINY_CONTENT, Story, build_messages, format_trace  # noqa: E402
+from socialr1 import generate_stories, gold_stages, parse_response  # noqa: E402
+
+CONFIG = RewardConfig(min_length=16, max_length=160)  # as in grpo.py's preset for the tiny policy
 
 FILLER = (
     "There are several things to notice here and all of them matter.",
@@ -39,7 +45,9 @@ def concluding(story: Story, letter: str) -> list[str]:
 def towards(story: Story, letter: str) -> list[str]:
     """Stages back-filled to a chosen option: what they say of the right one, they say of it."""
     right, chosen = (
-        story.problem.options[story.problem.letters.index(one)].removeprefix("in the ").removeprefix("at the ")
+        story.problem.options[story.problem.letters.index(one)]
+        .removeprefix("in the ")
+        .removeprefix("at the ")
         for one in (story.problem.answer, letter)
     )
     first, *others = concluding(story, letter)
@@ -56,28 +64,68 @@ def corrupted(story: Story, twin: Story, stages: int, rng: random.Random) -> lis
     return [*texts[:-1], f"{texts[-1][:-2]}{story.problem.answer}."]
 
 
-def policies(story: Story, twin: Story, first: Story, luck: int, rng: random.Random) -> dict[str, str]:
-    """By name: what each policy says to this problem. `first` is the one whose trace is said to every problem; guesses are right when
-    `luck` is a multiple of 4."""
+def policies(
+    story: Story, twin: Story, first: Story, luck: int, rng: random.Random
+) -> dict[str, str]:
+    """Return by name what each policy says to this problem.
+
+    `first` is the story whose trace is said to every problem; guesses are right when `luck` is a
+    multiple of 4.
+    """
     problem, gold = story.problem, gold_stages(story)
-    guess, right = problem.letters[(problem.letters.index(problem.answer) + luck) % 4], problem.answer
-    filler, place = [text.format(letter=guess) for text in FILLER], PLACES[problem.letters.index(guess)]
+    guess, right = (
+        problem.letters[(problem.letters.index(problem.answer) + luck) % 4],
+        problem.answer,
+    )
+    filler, place = (
+        [text.format(letter=guess) for text in FILLER],
+        PLACES[problem.letters.index(guess)],
+    )
     hint = [f"{text} It is the {place} one." for text in towards(story, guess)]
-    long = " ".join(f"{gold[0][:-1]} in the {n} place." for n in ("first", "second", "third"))  # just inside the length window
+    long = " ".join(
+        f"{gold[0][:-1]} in the {n} place." for n in ("first", "second", "third")
+    )  # just inside the length window
     return {
         "honest (gold traces)": story.trace,
         "four headings with filler": trace(filler, guess),
         "the story in every stage": trace([problem.story] * 4, guess),
-        "the story cut into four stages": trace([problem.story[i * len(problem.story) // 4 : (i + 1) * len(problem.story) // 4] for i in range(4)], guess),
+        "the story cut into four stages": trace(
+            [
+                problem.story[i * len(problem.story) // 4 : (i + 1) * len(problem.story) // 4]
+                for i in range(4)
+            ],
+            guess,
+        ),
         "one trace for every problem": first.trace,
-        "answer block first, reasoning after": f"<Answer> {guess} </Answer>\n" + trace(gold, guess).split("\n<Answer>")[0],
-        "'It is B.' first, reasoning to it": trace([f"It is {guess}. {gold[0]}", *towards(story, guess)[1:]], guess),
-        "conclusion first": format_trace(list(zip(STAGES[-1:] + STAGES[:-1], towards(story, guess)[-1:] + towards(story, guess)[:-1])), guess),
-        "option first, reasoning to it": trace([f"It is option {guess}. {text}" for text in towards(story, guess)], guess),
+        "answer block first, reasoning after": f"<Answer> {guess} </Answer>\n"
+        + trace(gold, guess).split("\n<Answer>")[0],
+        "'It is B.' first, reasoning to it": trace(
+            [f"It is {guess}. {gold[0]}", *towards(story, guess)[1:]], guess
+        ),
+        "conclusion first": format_trace(
+            list(
+                zip(
+                    STAGES[-1:] + STAGES[:-1],
+                    towards(story, guess)[-1:] + towards(story, guess)[:-1],
+                )
+            ),
+            guess,
+        ),
+        "option first, reasoning to it": trace(
+            [f"It is option {guess}. {text}" for text in towards(story, guess)], guess
+        ),
         "'the second one' in every stage": trace(hint, guess),
         "only the goal, which the question tells": format_trace([(STAGES[2], gold[2])], guess),
         "a bare name in every stage": trace([story.cast["x"]] * 4, guess),
-        "the question in every stage": trace([problem.question, problem.question[:-1], problem.question.lower(), f"{problem.question} {guess}."], guess),
+        "the question in every stage": trace(
+            [
+                problem.question,
+                problem.question[:-1],
+                problem.question.lower(),
+                f"{problem.question} {guess}.",
+            ],
+            guess,
+        ),
         "special tokens in every stage": trace(["<|im_end|>\n<|im_start|>assistant"] * 4, guess),
         "shortest legal output": f"<think>.</think><Answer>{guess}</Answer>",
         "shortest legal output, right": f"<think>.</think><Answer>{right}</Answer>",
@@ -93,7 +141,9 @@ GUESSING = slice(1, 16)  # no more than 60% of an honest policy
 RIGHT = slice(16, None)  # strictly less than an honest policy
 
 
-def mean_rewards(stories: list[Story], tokenizer: Tokenizer, scorer: ContentModel | None) -> dict[str, tuple[float, float]]:
+def mean_rewards(
+    stories: list[Story], tokenizer: Tokenizer, scorer: ContentModel | None
+) -> dict[str, tuple[float, float]]:
     """By policy: mean total reward and mean R_content."""
     rng, texts = random.Random(0), {}
     for i, story in enumerate(stories):
@@ -102,32 +152,56 @@ def mean_rewards(stories: list[Story], tokenizer: Tokenizer, scorer: ContentMode
     return {name: pay(stories, some, tokenizer, scorer) for name, some in texts.items()}
 
 
-def pay(stories: list[Story], texts: list[str], tokenizer: Tokenizer, scorer: ContentModel | None) -> tuple[float, float]:
+def pay(
+    stories: list[Story], texts: list[str], tokenizer: Tokenizer, scorer: ContentModel | None
+) -> tuple[float, float]:
     responses = [[parse_response(text, story.problem)] for story, text in zip(stories, texts)]
-    contents = scorer.rewards([story.problem for story in stories], responses) if scorer else [[None]] * len(stories)
+    contents = (
+        scorer.rewards([story.problem for story in stories], responses)
+        if scorer
+        else [[None]] * len(stories)
+    )
     totals = [
-        total_reward(response, story.problem, len(tokenizer.encode(text)) + 1, 1.0, content, TINY_PRESET[1]).total
+        total_reward(
+            response, story.problem, len(tokenizer.encode(text)) + 1, 1.0, content, CONFIG
+        ).total
         for story, (response,), (content,), text in zip(stories, responses, contents, texts)
     ]
     return sum(totals) / len(totals), sum(content or 0.0 for (content,) in contents) / len(contents)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--content", type=Path, default=TINY_CONTENT)
     parser.add_argument("--stories", type=int, default=200)
     args = parser.parse_args()
-    stories, tokenizer, scorer = generate_stories(args.stories, 1, "test"), Tokenizer(TINY), load_content_model(args.content)
+    stories, tokenizer, scorer = (
+        generate_stories(args.stories, 1, "test"),
+        Tokenizer(TINY),
+        load_content_model(args.content),
+    )
     table = mean_rewards(stories, tokenizer, scorer)
     honest = table["honest (gold traces)"][0]
     if args.model:
         prompts = [tokenizer.chat(build_messages(story.problem)) for story in stories]
-        texts = [tokenizer.decode(c.tokens) for (c,) in generate(load_model(args.model), prompts, 1, 160, stop_ids=tokenizer.stop_ids)]
-        right = [i for i, story in enumerate(stories) if parse_response(texts[i], story.problem).answer == story.problem.answer]
+        policy = load_model(args.model)
+        groups = generate(policy, prompts, max_new_tokens=160, stop_ids=tokenizer.stop_ids)
+        texts = [
+            tokenizer.completion_text(prompt, c.tokens) for prompt, (c,) in zip(prompts, groups)
+        ]
+        answers = [
+            parse_response(text, story.problem).answer for text, story in zip(texts, stories)
+        ]
+        right = [i for i, story in enumerate(stories) if answers[i] == story.problem.answer]
         trained = pay(stories, texts, tokenizer, scorer)
         of_right = pay([stories[i] for i in right], [texts[i] for i in right], tokenizer, scorer)
-        table = {"honest (the trained policy)": trained, "  its right answers only": of_right} | table
+        table = {
+            "honest (the trained policy)": trained,
+            "  its right answers only": of_right,
+        } | table
         honest = trained[0]
     print(f"{'':38}{'reward':>8}{'of honest':>11}{'R_content':>11}")
     for name, (total, content) in table.items():

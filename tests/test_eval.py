@@ -1,4 +1,5 @@
-"""Readers on rows written for these tests in the benchmarks' formats (shared/data/FORMATS.md), and the measures by hand."""
+"""Readers on rows written for these tests in the formats of the original files, and the measures by hand."""
+
 import json
 import re
 
@@ -8,10 +9,10 @@ import torch
 
 import eval
 from eval import (
-    bootstrap, compare_rows, contamination, contamination_note, evaluate, interval, measure, read_benchmark,
+    compare_rows, contamination, contamination_note, estimate, evaluate, interval, measure, read_benchmark,
     read_files, read_result, report_page, spread_problems, summarise, table, table_rows,
 )  # fmt: skip
-from model import Tokenizer, generate, load_model
+from model import Tokenizer, generate, generate_stream, load_model
 from rewards import load_content_model
 from socialr1 import TINY, TINY_CONTENT, Problem, build_messages, generate_problems
 
@@ -45,8 +46,19 @@ def test_tombench_in_both_languages(tmp_path):
     rows = [
         tombench_row(),
         "",
-        tombench_row(**{"选项C": nan, "选项D": nan, "OPTION-C": nan, "OPTION-D": nan, "答案\nANSWER": "B. ", "类型": nan}),
-        tombench_row(**{"选项C": nan, "选项D": nan}),  # four options in English only: that question belongs to another story
+        tombench_row(
+            **{
+                "选项C": nan,
+                "选项D": nan,
+                "OPTION-C": nan,
+                "OPTION-D": nan,
+                "答案\nANSWER": "B. ",
+                "类型": nan,
+            }
+        ),
+        tombench_row(
+            **{"选项C": nan, "选项D": nan}
+        ),  # four options in English only: that question belongs to another story
     ]
     path = write(tmp_path, "False Belief Task.jsonl", "\n".join(rows))
     names, problems, notes = read_files(path)
@@ -61,45 +73,85 @@ def test_tombench_in_both_languages(tmp_path):
         "Li put a ball in the box.", "Where is the ball?", ("Box", "Bag", "Jar", "Table"), "A", "belief",
         "tombench/False Belief Task", "False Belief Task:1",
     )  # fmt: skip
-    assert (problems[1].options, problems[1].answer, problems[1].id) == (("Box", "Bag"), "B", "False Belief Task:3")
+    assert (problems[1].options, problems[1].answer, problems[1].id) == (
+        ("Box", "Bag"),
+        "B",
+        "False Belief Task:3",
+    )
     chinese = read_benchmark(path, lang="zh")
     assert [len(p.options) for p in chinese] == [4, 2, 2]
-    assert chinese[0].options == ("盒子", "袋子", "罐子", "桌上") and chinese[0].story == "小李把球放进盒子。"
+    assert (
+        chinese[0].options == ("盒子", "袋子", "罐子", "桌上")
+        and chinese[0].story == "小李把球放进盒子。"
+    )
 
 
 def test_our_jsonl_and_folders(tmp_path):
-    row = {"story": "s", "question": "q", "options": ["a b", "B. c"], "answer": "b", "ability": "desire", "source": "x", "id": "7", "variant": "hard"}
+    row = {
+        "story": "s",
+        "question": "q",
+        "options": ["a b", "B. c"],
+        "answer": "b",
+        "ability": "desire",
+        "source": "x",
+        "id": "7",
+        "variant": "hard",
+    }
     write(tmp_path, "one.jsonl", b"\xef\xbb\xbf" + json.dumps(row).encode())
     write(tmp_path, "below/two.jsonl", json.dumps(row | {"answer": "a b"}) + "\n")
     write(tmp_path, "notes.txt", "no benchmark")
     write(tmp_path, "settings.json", '{"a": 1}')
     names, problems, notes = read_files(tmp_path)
     assert sorted(p.answer for p in problems) == ["A", "B"] and names == {"problems"}
-    assert f"{tmp_path}/settings.json: left out: no problems in it" in notes
+    assert f"{tmp_path}/settings.json: left out: no rows; expected one problem a row" in notes
     assert Problem("s", "q", ("a b", "c"), "B", "desire", "x", "7", "hard") in problems
 
 
 def test_tombench_hard_csv(tmp_path):
     text = '\ufeffStory,QUESTION,Option_A,option-b,OPTION C,"Option\nD",Answer,Category\n"s\nt",q,A. a,b,nan,,"b",Belief\n'
     (problem,) = read_benchmark(write(tmp_path, "hard.csv", text))
-    assert (problem.story, problem.options, problem.answer, problem.ability) == ("s\nt", ("a", "b"), "B", "belief")
+    assert (problem.story, problem.options, problem.answer, problem.ability) == (
+        "s\nt",
+        ("a", "b"),
+        "B",
+        "belief",
+    )
     assert problem.source == "tombench-hard/hard"
-    same = "STORY,QUESTION,OPTION-A,OPTION-B,OPTION-C,OPTION-D,\"答案\nANSWER\",source\ns,q,A.I. is clever,NaN,no,nan,A,annotator 7\n"
-    (problem,) = read_benchmark(write(tmp_path, "val.csv", same.replace("NaN", "yes")))  # not ToMBench, and the annotator is no benchmark
-    assert (problem.source, problem.options) == ("tombench-hard/val", ("A.I. is clever", "yes", "no"))
-    listed = "context,question,choices,label\n" + "s,q,\"['x', 'y']\",1\n" + "s,q,\"['x', 'y']\",0\n"
-    assert [p.answer for p in read_benchmark(write(tmp_path, "list.csv", listed))] == ["B", "A"]  # a 0 stands in the file
+    same = 'STORY,QUESTION,OPTION-A,OPTION-B,OPTION-C,OPTION-D,"答案\nANSWER",source\ns,q,A.I. is clever,NaN,no,nan,A,annotator 7\n'
+    (problem,) = read_benchmark(
+        write(tmp_path, "val.csv", same.replace("NaN", "yes"))
+    )  # not ToMBench, and the annotator is no benchmark
+    assert (problem.source, problem.options) == (
+        "tombench-hard/val",
+        ("A.I. is clever", "yes", "no"),
+    )
+    listed = (
+        "context,question,choices,label\n" + "s,q,\"['x', 'y']\",1\n" + "s,q,\"['x', 'y']\",0\n"
+    )
+    assert [p.answer for p in read_benchmark(write(tmp_path, "list.csv", listed))] == [
+        "B",
+        "A",
+    ]  # a 0 stands in the file
 
 
 def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
-    row = {"context": "Ann helped Bo.", "question": "Why?", "answerA": "to be kind", "answerB": "to win", "answerC": "no reason"}
+    row = {
+        "context": "Ann helped Bo.",
+        "question": "Why?",
+        "answerA": "to be kind",
+        "answerB": "to win",
+        "answerC": "no reason",
+    }
     path = write(tmp_path, "dev.jsonl", lines(row, row, row))
     with pytest.raises(ValueError, match="no column for answer; the columns are: 'context'"):
         read_benchmark(path)
     labels = write(tmp_path, "dev-labels.lst", "3\n1\n2\n")
     names, problems, _ = read_files(path)
     assert names == {"socialiqa"} and [p.answer for p in problems] == ["C", "A", "B"]
-    assert problems[0].options == ("to be kind", "to win", "no reason") and problems[0].story == "Ann helped Bo."
+    assert (
+        problems[0].options == ("to be kind", "to win", "no reason")
+        and problems[0].story == "Ann helped Bo."
+    )
     labels.write_text("3\n1\n")
     with pytest.raises(ValueError, match="2 answers for 3 rows"):
         read_benchmark(path)
@@ -107,15 +159,24 @@ def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
     assert [p.answer for p in read_benchmark(hub)] == ["A", "C"]
     zero_based = write(tmp_path, "zero.jsonl", lines(row | {"label": 0}, row | {"label": 2}))
     assert [p.answer for p in read_benchmark(zero_based)] == ["A", "C"]
-    as_csv = write(tmp_path, "rows.csv", "context,question,answerA,answerB,answerC,label\ns,q,x,y,z,3\n")
+    as_csv = write(
+        tmp_path, "rows.csv", "context,question,answerA,answerB,answerC,label\ns,q,x,y,z,3\n"
+    )
     assert [(p.source, p.answer) for p in read_benchmark(as_csv)] == [("socialiqa/rows", "C")]
     letters = write(tmp_path, "v14.jsonl", lines(row | {"correct": "B"}))
     assert [p.answer for p in read_benchmark(letters)] == ["B"]
     write(tmp_path, "whole/dev.jsonl", lines(row | {"label": "1"}))
-    train, tests = write(tmp_path, "whole/train.jsonl", lines(row | {"label": "2"})), write(tmp_path, "whole/test.jsonl", lines(row))
+    train, tests = (
+        write(tmp_path, "whole/train.jsonl", lines(row | {"label": "2"})),
+        write(tmp_path, "whole/test.jsonl", lines(row)),
+    )
     _, problems, notes = read_files(tmp_path / "whole")
     assert [p.answer for p in problems] == ["A"] and read_benchmark(train)[0].answer == "B"
-    assert notes == [f"{tests}: left out: no problems in it", f"{train}: left out: the training split; name the file to read it"]
+    columns = "'context', 'question', 'answerA', 'answerB', 'answerC'"
+    assert notes == [
+        f"{tests}: left out: no column for answer; the columns are: {columns}",
+        f"{train}: left out: the training split; name the file to read it",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- formats of their own
@@ -135,20 +196,38 @@ def test_emobench(tmp_path):
     names, problems, notes = read_files(write(tmp_path, "EU.jsonl", lines(eu, zh)))
     assert names == {"emobench"} and len(problems) == 2
     emotion, cause = problems
-    assert gold(emotion) == "Joy & Anger" and gold(cause) == "A cup" and set(cause.options) == set(eu["cause_choices"])
-    assert emotion.joint == cause.joint == "EU:en:7" and emotion.id != cause.id and emotion.story == "Ann lost a cup."
+    assert (
+        gold(emotion) == "Joy & Anger"
+        and gold(cause) == "A cup"
+        and set(cause.options) == set(eu["cause_choices"])
+    )
+    assert (
+        emotion.joint == cause.joint == "EU:en:7"
+        and emotion.id != cause.id
+        and emotion.story == "Ann lost a cup."
+    )
     assert "Ann" in emotion.question and "Ann" in cause.question
     assert f"{tmp_path}/EU.jsonl: 1 left out: in the other language (row 2)" in notes
     assert "安" in read_benchmark(tmp_path / "EU.jsonl", lang="zh")[0].question
-    many = [eu | {"qid": str(i), "cause_label": "The cup, old, was gone"} for i in range(200)]  # always the first, as in the Chinese file
-    letters = [p.answer for p in read_benchmark(write(tmp_path, "many.jsonl", lines(*many))) if p.id.endswith("cause")]
+    many = [
+        eu | {"qid": str(i), "cause_label": "The cup, old, was gone"} for i in range(200)
+    ]  # always the first, as in the Chinese file
+    letters = [
+        p.answer
+        for p in read_benchmark(write(tmp_path, "many.jsonl", lines(*many)))
+        if p.id.endswith("cause")
+    ]
     assert all(25 <= letters.count(letter) <= 75 for letter in "ABCD")
     ea = {
         "qid": "7", "language": "en", "category": "Social-Self", "question type": "Action", "scenario": "Ann lost a cup.", "subject": "Ann",
         "choices": ["Run", "Call, then wait", "Sing", "Sleep"], "label": "Call, then wait",
     }  # fmt: skip
     (problem,) = read_benchmark(write(tmp_path, "EA.jsonl", lines(ea)))
-    assert gold(problem) == "Call, then wait" and problem.joint == "" and problem.source == "emobench/EA"
+    assert (
+        gold(problem) == "Call, then wait"
+        and problem.joint == ""
+        and problem.source == "emobench/EA"
+    )
 
 
 def test_motivebench(tmp_path):
@@ -158,8 +237,14 @@ def test_motivebench(tmp_path):
             f"{kind} Reasoning Question": f"Ann runs {place}. She sweats. What is it?" if place < 3 else "Ann runs 3.",
             f"Options {place}": [f"{letter}. text {letter}. more" for letter in "ABCDEF"], f"Correct Answer {place}": "BCF"[place - 1],
         }  # fmt: skip
-    names, problems, _ = read_files(write(tmp_path, "Blog_questions.json", json.dumps([row], indent=4)))
-    assert names == {"motivebench"} and [gold(p) for p in problems] == ["text B. more", "text C. more", "text F. more"]
+    names, problems, _ = read_files(
+        write(tmp_path, "Blog_questions.json", json.dumps([row], indent=4))
+    )
+    assert names == {"motivebench"} and [gold(p) for p in problems] == [
+        "text B. more",
+        "text C. more",
+        "text F. more",
+    ]
     assert [(p.story, p.question) for p in problems] == [
         ("Ann runs 1. She sweats.", "What is it?"), ("Ann runs 2. She sweats.", "What is it?"),
         ("Ann runs 3.", "What is the most likely motivation and behavior?"),
@@ -173,17 +258,39 @@ def test_hitom_reads_the_trustworthy_half(tmp_path):
         prompting_type="CoTP", deception=False, story_length=1, question_order=2, sample_id=0, question="Where?", choices=options, answer="c_box",
         story="1 Ann entered the hall.\n2 Ann left.\n***\n\n",
     )  # fmt: skip
-    repeat = row | {"prompting_type": "VP", "sample_id": 300, "answer": "d_box", "story": "Read the following story.\n" + row["story"]}
-    names, problems, notes = read_files(write(tmp_path, "Hi-ToM_data.json", json.dumps({"data": [row, repeat]})))
+    repeat = row | {
+        "prompting_type": "VP",
+        "sample_id": 300,
+        "answer": "d_box",
+        "story": "Read the following story.\n" + row["story"],
+    }
+    names, problems, notes = read_files(
+        write(tmp_path, "Hi-ToM_data.json", json.dumps({"data": [row, repeat]}))
+    )
     assert names == {"hitom"} and len(problems) == 1
-    assert problems[0].story == "1 Ann entered the hall.\n2 Ann left." and len(problems[0].options) == 15 and problems[0].answer == "C"
-    assert problems[0].ability == "order 2" and "Note:" in problems[0].question  # questions on deception need the assumptions
-    assert f"{tmp_path}/Hi-ToM_data.json: 1 left out: repeats a CoTP row, some with a wrong answer (row 2)" in notes
+    assert (
+        problems[0].story == "1 Ann entered the hall.\n2 Ann left."
+        and len(problems[0].options) == 15
+        and problems[0].answer == "C"
+    )
+    assert (
+        problems[0].ability == "order 2" and "Note:" in problems[0].question
+    )  # questions on deception need the assumptions
+    assert (
+        f"{tmp_path}/Hi-ToM_data.json: 1 left out: repeats a CoTP row, some with a wrong answer (row 2)"
+        in notes
+    )
 
 
 def test_tactfultom(tmp_path):
     def ask(name, question, right, wrong):
-        return {"question": question, "question_type": "x", "correct_answer": right, "wrong_answer": wrong, "q_id": name}
+        return {
+            "question": question,
+            "question_type": "x",
+            "correct_answer": right,
+            "wrong_answer": wrong,
+            "q_id": name,
+        }
 
     row = {
         "full_context": "**Ann**: Hi.\n\n**Bo**: Hi.", "characters": {"liar": "Ann"}, "comprehensionQA": [ask("c", "True?", "No", "Yes")],
@@ -195,7 +302,9 @@ def test_tactfultom(tmp_path):
             ask("b2", "What does Ann believe about Bo's belief?", "Ann believes so", "Ann is unaware"),
         ],
     }  # fmt: skip
-    names, problems, notes = read_files(write(tmp_path, "Tactful_conv_set_0.json", json.dumps([row])))
+    names, problems, notes = read_files(
+        write(tmp_path, "Tactful_conv_set_0.json", json.dumps([row]))
+    )
     assert names == {"tactfultom"} and {p.id: gold(p) for p in problems} == {
         "j": "Because, well, so", "l": "x", "b0": "Ann believes it", "b2": "Ann believes so"}  # fmt: skip
     assert {p.id: len(p.options) for p in problems} == {"j": 4, "l": 4, "b0": 4, "b2": 2}
@@ -215,8 +324,14 @@ def test_simpletom(tmp_path):
         write(tmp_path, f"{folder}/test.jsonl", lines(row))
     names, problems, _ = read_files(tmp_path)
     assert names == {"simpletom"} and all(gold(p) == "No" for p in problems)
-    assert sorted(p.source for p in problems) == ["simpletom/behavior", "simpletom/judgment", "simpletom/mental state"]
-    many = lines(*({**rows[0], "id": f"{i}_aware"} for i in range(200)))  # the gold is always No, here always B
+    assert sorted(p.source for p in problems) == [
+        "simpletom/behavior",
+        "simpletom/judgment",
+        "simpletom/mental state",
+    ]
+    many = lines(
+        *({**rows[0], "id": f"{i}_aware"} for i in range(200))
+    )  # the gold is always No, here always B
     letters = [p.answer for p in read_benchmark(write(tmp_path, "many.jsonl", many))]
     assert 70 <= letters.count("A") <= 130
 
@@ -224,7 +339,9 @@ def test_simpletom(tmp_path):
 def test_options_are_shuffled_by_the_item_and_not_by_its_place(tmp_path):
     row = {"qid": "1", "language": "en", "category": "c", "question type": "Action", "scenario": "s", "subject": "Ann",
            "choices": list("wxyz"), "label": "x"}  # fmt: skip
-    first = read_benchmark(write(tmp_path, "one.jsonl", lines(row, row | {"qid": "2"}, row | {"qid": "3"})))
+    first = read_benchmark(
+        write(tmp_path, "one.jsonl", lines(row, row | {"qid": "2"}, row | {"qid": "3"}))
+    )
     second = read_benchmark(write(tmp_path, "two.jsonl", lines(row | {"qid": "3"}, row)))
     assert [first[2].options, first[0].options] == [p.options for p in second]
 
@@ -244,7 +361,7 @@ GOOD = '{"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}\n'
         ("x.jsonl", GOOD.replace('["a", "b"]', '["a", "", "c"]'), "x.jsonl:1: option B is empty"),
         ("x.jsonl", GOOD.replace('"q"', '""'), "x.jsonl:1: the story or the question is empty"),
         ("x.jsonl", GOOD.replace('"s"', '"\\ud800"'), "x.jsonl:1: 'utf-8' codec can't encode"),
-        ("x.jsonl", GOOD.replace('["a", "b"]', json.dumps(["o"] * 27)), "x.jsonl:1: 27 options"),
+        ("x.jsonl", GOOD.replace('["a", "b"]', json.dumps(["o"] * 27)), "x.jsonl:1: a problem needs 2 to 26 options, got 27"),
         ("x.jsonl", "", "x.jsonl: no rows"),
         ("x.csv", "Story,QUESTION,Gold Answer\ns,q,A\n", "no column for options, answer; the columns are: 'Story', 'QUESTION', 'Gold Answer'"),
         ("x.csv", "story,question,a,b,answer\ns,q,x,y,A,too many\n", "x.csv:2: more cells than the 5 columns"),
@@ -273,7 +390,9 @@ def answered(letter, think="Cue Encoding: x"):
 
 
 def test_measures_by_hand():
-    hard, control = (Problem(v, "q", ("a", "b"), "A", "belief", variant=v) for v in ("hard", "control"))
+    hard, control = (
+        Problem(v, "q", ("a", "b"), "A", "belief", variant=v) for v in ("hard", "control")
+    )
     records = [
         measure(hard, answered("A", WHOLE), 10),  # right
         measure(hard, answered("B", f"Option B.\n{WHOLE}"), 20),  # wrong, and named an option first
@@ -290,11 +409,17 @@ def test_measures_by_hand():
     assert {key: result[key] for key in expected} == pytest.approx(expected)
     process = result["process"]
     assert process["length"] == pytest.approx({"all": 30, "right": 80 / 3, "wrong": 35})
-    assert process["coverage"] == pytest.approx({"all": (1 + 1 + 0.25 + 0.25 + 0) / 5, "right": 0.5, "wrong": 0.5})
+    assert process["coverage"] == pytest.approx(
+        {"all": (1 + 1 + 0.25 + 0.25 + 0) / 5, "right": 0.5, "wrong": 0.5}
+    )
     assert process["well_formed"] == pytest.approx({"all": 0.6, "right": 2 / 3, "wrong": 0.5})
-    assert process["first_option"] == {"all": 0.0, "right": None, "wrong": 0.0}  # "Option B" stands at the very beginning
+    assert process["first_option"] == {
+        "all": 0.0,
+        "right": None,
+        "wrong": 0.0,
+    }  # "Option B" stands at the very beginning
     assert process["option_early"] == {"all": 0.2, "right": 0.0, "wrong": 0.5}
-    assert re.search(r"shortcut gap +0\.167", table({"before": result, "after": result}))
+    assert re.search(r"shortcut gap +5 +0\.167", table({"before": result, "after": result}))
     only = summarise(records[:1])
     assert only["control"] is None and only["shortcut_gap"] is None
 
@@ -302,17 +427,35 @@ def test_measures_by_hand():
 def test_where_an_option_is_first_named():
     problem = Problem("s", "q", ("a b c d", "no"), "A")
     think = "Cue Encoding: she saw it\nCue Interpretation: 'A, B! c d' it is\nResponse Generation: option B"
-    assert measure(problem, answered("A", think), 1)["first_option"] == think.index("A, B!") / len(think)
+    assert measure(problem, answered("A", think), 1)["first_option"] == think.index("A, B!") / len(
+        think
+    )
     late = "Cue Encoding: she saw it\nResponse Generation: option B"
-    assert measure(problem, answered("A", late), 1)["first_option"] == late.index("option B") / len(late)
+    assert measure(problem, answered("A", late), 1)["first_option"] == late.index("option B") / len(
+        late
+    )
 
 
 def test_questions_that_only_count_together():
     def records(joint, *answers):
-        return [measure(Problem("s", f"q{i}", ("a", "b"), "A", id=f"{joint}{i}", joint=joint), answered(a), 5) for i, a in enumerate(answers)]
+        return [
+            measure(
+                Problem("s", f"q{i}", ("a", "b"), "A", id=f"{joint}{i}", joint=joint),
+                answered(a),
+                5,
+            )
+            for i, a in enumerate(answers)
+        ]
 
-    result = summarise(records("one", "A", "A") + records("two", "A", "B") + records("three", "B", "B") + records("", "A"))
-    assert result["n"] == 4 and result["questions"] == 7 and result["accuracy"] == 0.5  # one and the single question
+    result = summarise(
+        records("one", "A", "A")
+        + records("two", "A", "B")
+        + records("three", "B", "B")
+        + records("", "A")
+    )
+    assert (
+        result["n"] == 4 and result["questions"] == 7 and result["accuracy"] == 0.5
+    )  # one and the single question
 
 
 def test_samples_mean_and_majority():
@@ -323,15 +466,26 @@ def test_samples_mean_and_majority():
         for i, (problem, some) in enumerate(zip(problems, letters)) for k, letter in enumerate(some)
     ]  # fmt: skip
     result = summarise(records)
-    assert (result["n"], result["accuracy"], result["majority"]) == (3, pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3), pytest.approx(1 / 3))
+    assert (result["n"], result["accuracy"], result["majority"]) == (
+        3,
+        pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3),
+        pytest.approx(1 / 3),
+    )
     joint = [record | {"joint": "all"} for record in records]
     assert summarise(joint)["accuracy"] == 0.0  # in no sample are all three right
 
 
 def test_macro_mean_over_benchmarks():
-    right, wrong = (measure(Problem("s", "q", ("a", "b"), "A", source=source), answered(letter), 5) for source, letter in (("x/1", "A"), ("y/1", "B")))
+    right, wrong = (
+        measure(Problem("s", "q", ("a", "b"), "A", source=source), answered(letter), 5)
+        for source, letter in (("x/1", "A"), ("y/1", "B"))
+    )
     result = summarise([right, right, right, wrong])
-    assert result["accuracy"] == 0.75 and result["macro"] == 0.5 and result["by_benchmark"] == {"x": 1.0, "y": 0.0}
+    assert (
+        result["accuracy"] == 0.75
+        and result["macro"] == 0.5
+        and result["by_benchmark"] == {"x": 1.0, "y": 0.0}
+    )
 
 
 def test_bootstrap_draws_whole_stories():
@@ -339,56 +493,128 @@ def test_bootstrap_draws_whole_stories():
     # were ten questions. Drawing questions instead would give .05.
     stories = [str(i) for i in range(10) for _ in range(10)]
     values = [float(i < 5) for i in range(10) for _ in range(10)]
-    means = bootstrap(stories, values)
-    assert means.std() == pytest.approx(np.sqrt(0.25 / 10), rel=0.06) and means.mean() == pytest.approx(0.5, abs=0.02)
-    low, high = interval(means)
-    assert (low, high) == (pytest.approx(0.2, abs=0.01), pytest.approx(0.8, abs=0.01))  # quantiles of Binomial(10, 1/2) / 10
-    assert interval(bootstrap(["a", "a"], [1.0, 0.0])) == [0.5, 0.5]  # one story: nothing to draw from
+    drawn = estimate(stories, values)
+    means = drawn[1:]
+    assert drawn[0] == 0.5
+    assert means.std() == pytest.approx(
+        np.sqrt(0.25 / 10), rel=0.06
+    ) and means.mean() == pytest.approx(0.5, abs=0.02)
+    low, high = interval(drawn)
+    assert (low, high) == (
+        pytest.approx(0.2, abs=0.01),
+        pytest.approx(0.8, abs=0.01),
+    )  # quantiles of Binomial(10, 1/2) / 10
+    assert interval(estimate(["a", "a"], [1.0, 0.0])) == [
+        0.5,
+        0.5,
+    ]  # one story: nothing to draw from
 
 
 def test_paired_differences():
-    problems = [Problem(f"story {'abcdefghij'[i % 10]} {'abcdefgh'[i // 10]}", "q", ("a", "b"), "A", "belief", "x/1", str(i)) for i in range(80)]
+    problems = [
+        Problem(
+            f"story {'abcdefghij'[i % 10]} {'abcdefgh'[i // 10]}",
+            "q",
+            ("a", "b"),
+            "A",
+            "belief",
+            "x/1",
+            str(i),
+        )
+        for i in range(80)
+    ]
 
     def result(letters):
-        return summarise([measure(problem, answered(letter), 5) for problem, letter in zip(problems, letters)])
+        return summarise(
+            [measure(problem, answered(letter), 5) for problem, letter in zip(problems, letters)]
+        )
 
-    before, after = result("A" * 40 + "B" * 40), result("A" * 30 + "B" * 10 + "A" * 40)  # of 80, ten lost and forty won
+    before, after = (
+        result("A" * 40 + "B" * 40),
+        result("A" * 30 + "B" * 10 + "A" * 40),
+    )  # of 80, ten lost and forty won
     rows = {row[0]: row[1:] for row in compare_rows(before, after, ("before", "after"))}
-    assert rows["accuracy"][:3] == ["80", "0.500", "0.875"] and rows["accuracy"][3].startswith("0.375 [")
+    assert rows["accuracy"][:3] == ["80", "0.500", "0.875"] and rows["accuracy"][3].startswith(
+        "0.375 ["
+    )
     low, high = map(float, re.findall(r"-?\d\.\d+", rows["accuracy"][3])[1:])
-    margin = 1.96 * np.sqrt((50 / 80 - 0.375**2) / 80)  # of a paired difference; unpaired it would be 1.96 * .067 = .131
-    assert (low, high) == (pytest.approx(0.375 - margin, abs=0.015), pytest.approx(0.375 + margin, abs=0.015))
+    margin = 1.96 * np.sqrt(
+        (50 / 80 - 0.375**2) / 80
+    )  # of a paired difference; unpaired it would be 1.96 * .067 = .131
+    assert (low, high) == (
+        pytest.approx(0.375 - margin, abs=0.015),
+        pytest.approx(0.375 + margin, abs=0.015),
+    )
     half = result("A" * 40)  # of the first forty only
     assert {row[0]: row[1] for row in compare_rows(before, half, ("a", "b"))}["accuracy"] == "40"
     with pytest.raises(ValueError, match="a and b have no problem in common"):
-        compare_rows(before, summarise([measure(Problem("s", "q", ("a", "b"), "A"), "", 1)]), ("a", "b"))
+        compare_rows(
+            before, summarise([measure(Problem("s", "q", ("a", "b"), "A"), "", 1)]), ("a", "b")
+        )
 
 
 def test_the_macro_mean_of_benchmarks_is_less_uncertain_than_each():
-    problems = [Problem(f"{'abcd'[i // 100]} {'abcdefghij'[i // 10 % 10] * 3} {'abcdefghij'[i % 10]}", "q", ("a", "b"), "A", source=f"{'wxyz'[i // 100]}/1") for i in range(400)]
+    problems = [
+        Problem(
+            f"{'abcd'[i // 100]} {'abcdefghij'[i // 10 % 10] * 3} {'abcdefghij'[i % 10]}",
+            "q",
+            ("a", "b"),
+            "A",
+            source=f"{'wxyz'[i // 100]}/1",
+        )
+        for i in range(400)
+    ]
     for order in ("ABABABAB", "ABBABAAB"):  # right ones at the same places, and at others
-        records = [measure(problem, answered(order[i // 50]), 5) for i, problem in enumerate(problems)]
-        low, high = summarise(records)["intervals"]["macro"]
+        records = [
+            measure(problem, answered(order[i // 50]), 5) for i, problem in enumerate(problems)
+        ]
+        low, high = summarise(records)["intervals"]["overall"]["macro"]
         margin = 1.96 * np.sqrt(0.25 / 400)  # four means of a hundred each
-        assert (low, high) == (pytest.approx(0.5 - margin, abs=0.006), pytest.approx(0.5 + margin, abs=0.006))
+        assert (low, high) == (
+            pytest.approx(0.5 - margin, abs=0.006),
+            pytest.approx(0.5 + margin, abs=0.006),
+        )
 
 
 def test_fewer_problems_keep_together_what_counts_together():
-    pairs = [Problem(f"s{i // 2}", f"q{i % 2}", ("a", "b"), "A", source="x", joint=str(i // 2)) for i in range(40)]
+    pairs = [
+        Problem(f"s{i // 2}", f"q{i % 2}", ("a", "b"), "A", source="x", joint=str(i // 2))
+        for i in range(40)
+    ]
     some = spread_problems(pairs, 10)
-    assert len(some) == 10 and [p.question for p in some] == ["q0", "q1"] * 5 and some[0] == pairs[0]
+    assert (
+        len(some) == 10 and [p.question for p in some] == ["q0", "q1"] * 5 and some[0] == pairs[0]
+    )
     single = [Problem(f"s{i}", "q", ("a", "b"), "A") for i in range(7)]
-    assert spread_problems(single, 3) == [single[0], single[2], single[4]] and spread_problems(single, 99) == single
-    result = [summarise([measure(problem, answered("A"), 5) for problem in of]) for of in (pairs, pairs[:1])]  # half a pair is another question
+    assert (
+        spread_problems(single, 3) == [single[0], single[2], single[4]]
+        and spread_problems(single, 99) == single
+    )
+    result = [
+        summarise([measure(problem, answered("A"), 5) for problem in of])
+        for of in (pairs, pairs[:1])
+    ]  # half a pair is another question
     with pytest.raises(ValueError, match="no problem in common"):
         compare_rows(*result, ("a", "b"))
 
 
 def test_stored_results_are_read_with_care(tmp_path):
-    record = measure(Problem("s", "q", ("a", "b"), "A", "belief", "x/1", "7"), answered("A", "Cue Encoding: x"), 5)
-    after = {"test after": {"responses": [record]}, "shift after": {"responses": [record | {"text": answered("B")}]}}
+    record = measure(
+        Problem("s", "q", ("a", "b"), "A", "belief", "x/1", "7"),
+        answered("A", "Cue Encoding: x"),
+        5,
+    )
+    after = {
+        "test after": {"responses": [record]},
+        "shift after": {"responses": [record | {"text": answered("B")}]},
+    }
     result = read_result(write(tmp_path, "after.json", json.dumps(after)))
-    assert (result["n"], result["questions"], result["accuracy"], "majority" in result) == (2, 2, 0.5, False)
+    assert (result["n"], result["questions"], result["accuracy"], "majority" in result) == (
+        2,
+        2,
+        0.5,
+        False,
+    )
     for broken, message in [
         ({}, "no responses in it"), ({"responses": []}, "no responses in it"), ({"responses": 5}, "not a result"), ({"a": 5}, "not a result"),
         *(({"responses": [record | {key: value}]}, "not a result of eval.py") for key, value in [
@@ -398,8 +624,12 @@ def test_stored_results_are_read_with_care(tmp_path):
             read_result(write(tmp_path, "broken.json", json.dumps(broken)))
     with pytest.raises(ValueError, match="no such file; expected a result of eval.py"):
         read_result(tmp_path / "none.json")
-    evil = record | {"answer": "<script>alert(1)</script>"}  # whatever stands there is found anew in the response
-    assert "<script" not in report_page({"a": read_result(write(tmp_path, "evil.json", json.dumps({"responses": [evil]})))}, [])
+    evil = record | {
+        "answer": "<script>alert(1)</script>"
+    }  # whatever stands there is found anew in the response
+    assert "<script" not in report_page(
+        {"a": read_result(write(tmp_path, "evil.json", json.dumps({"responses": [evil]})))}, []
+    )
 
 
 def test_contamination_sees_through_numbers_marks_and_case():
@@ -407,8 +637,13 @@ def test_contamination_sees_through_numbers_marks_and_case():
     other = Problem("Bo left the hall.", "q", ("a", "b"), "A")
     evaluation = [Problem("Ann left the hall", "another question", ("c", "d"), "B")]
     assert contamination([seen, other], evaluation) == [seen]
-    assert contamination_note([seen, other], evaluation).startswith("WARNING: 1 of 2 training problems have a story that stands")
-    assert contamination_note([other], evaluation) == "no story of the 1 training problems stands in the evaluation data"
+    assert contamination_note([seen, other], evaluation).startswith(
+        "WARNING: 1 of 2 training problems have a story that stands"
+    )
+    assert (
+        contamination_note([other], evaluation)
+        == "no story of the 1 training problems stands in the evaluation data"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- whole evaluations
@@ -421,17 +656,34 @@ def tiny():
 
 def test_samples_are_those_of_generate_and_stages_are_scored(tiny):
     problems = generate_problems(6, 0, "test")
-    result = evaluate(*tiny, problems, temperature=1.0, samples=2, max_new_tokens=120, seed=3, content=load_content_model(TINY_CONTENT))
+    result = evaluate(
+        *tiny,
+        problems,
+        temperature=1.0,
+        samples=2,
+        max_new_tokens=120,
+        seed=3,
+        content=load_content_model(TINY_CONTENT),
+    )
     prompts = [tiny[1].chat(build_messages(problem)) for problem in problems]
     groups = generate(tiny[0], prompts, 2, 120, 1.0, stop_ids=tiny[1].stop_ids, seed=3)
-    expected = [tiny[1].decode(c.tokens) for group in groups for c in group]
-    assert [r["text"].removeprefix(tiny[1].think_prefix()) for r in result["responses"]] == expected
+    expected = [
+        tiny[1].completion_text(prompt, c.tokens)
+        for prompt, group in zip(prompts, groups)
+        for c in group
+    ]
+    assert [r["text"] for r in result["responses"]] == expected
     scorer = load_content_model(TINY_CONTENT)
     record = result["responses"][0]
-    assert set(record["content"]) == {name for name, _ in eval.parse_response(record["text"], problems[0]).stages}
+    assert set(record["content"]) == {
+        name for name, _ in eval.parse_response(record["text"], problems[0]).stages
+    }
     rewards = scorer.rewards([problems[0]], [[eval.parse_response(record["text"], problems[0])]])
     assert np.mean(list(record["content"].values())) == pytest.approx(rewards[0][0], abs=1e-5)
-    assert result["process"]["content, Cue Encoding"]["all"] is not None and 0 <= result["majority"] <= 1
+    assert (
+        result["process"]["content, Cue Encoding"]["all"] is not None
+        and 0 <= result["majority"] <= 1
+    )
 
 
 def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
@@ -440,27 +692,54 @@ def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
     whole = evaluate(*tiny, problems, **settings)
     calls = []
 
-    def generate_twice(*args):
-        calls.append(args[1])
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(*args)
+    def stream(model, prompts, **sampling):
+        for prompt, completions in generate_stream(model, prompts, **sampling):
+            calls.append(prompt)
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+            yield prompt, completions
 
-    monkeypatch.setattr(eval, "generate", generate_twice)
+    monkeypatch.setattr(eval, "generate_stream", stream)
     with pytest.raises(KeyboardInterrupt):
         evaluate(*tiny, problems, **settings, journal=journal)
     with open(journal, "a") as file:
         file.write('[["torn')
-    asked = {prompt for wave in calls[:2] for prompt in wave}
-    first, *entries = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join((first, *entries[:-1][::-1], entries[0], entries[-1])))  # whatever the order, and twice
+    asked = set(calls[:5])
+    entries = journal.read_text().splitlines(keepends=True)
+    journal.write_text(
+        "".join((*entries[:-1][::-1], entries[0], entries[-1]))
+    )  # whatever the order, and twice
     resumed = evaluate(*tiny, problems, **settings | {"token_budget": 300}, journal=journal)
-    assert resumed["responses"] == whole["responses"] and len(calls) > 4
-    assert asked.isdisjoint(prompt for wave in calls[3:] for prompt in wave)  # what was done is not done again
-    with pytest.raises(ValueError, match="out.json.part holds an interrupted evaluation with other temperature: delete it"):
-        evaluate(*tiny, problems, **settings | {"temperature": 0.5}, journal=journal)
-    with pytest.raises(ValueError, match="with other model: delete it"):  # the same weights, in another precision
-        evaluate(load_model(TINY, dtype=torch.bfloat16), tiny[1], problems, **settings, journal=journal)
+    assert resumed["responses"] == whole["responses"] and len(calls) == 5 + 1 + 5
+    assert asked.isdisjoint(calls[6:])  # what was done is not done again
+    settings["token_budget"] = 32768  # decides nothing but the pace
+    for changes in (
+        {"temperature": 0.5},
+        {"seed": 1},
+    ):  # what was asked otherwise is no answer to this
+        calls.clear()
+        expected = evaluate(*tiny, problems[:4], **settings | changes)
+        calls.clear()
+        other = evaluate(*tiny, problems[:4], **settings | changes, journal=journal)
+        assert len(calls) == 4 and other["responses"] == expected["responses"]
+    calls.clear()
+    other = load_model(TINY)
+    with torch.no_grad():
+        other.embed_tokens.weight[7, 3] += 1e-3  # one weight of many
+    evaluate(other, tiny[1], problems[:4], **settings, journal=journal)
+    assert len(calls) == 4
+    names = [
+        eval.fingerprint(load_model(TINY, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert (
+        eval.fingerprint(tiny[0]) == names[0] != names[1]
+    )  # the same weights, in another precision
+    calls.clear()
+    assert (
+        evaluate(*tiny, problems, **settings, journal=journal)["responses"] == whole["responses"]
+        and not calls
+    )
+    first = entries[0]
     for line in ("no journal", "5", "[]", '[[["evil"]]]', '["name", [["text", "length"]]]'):
         journal.write_text(f"{first}{line}\n")
         with pytest.raises(ValueError, match="not the journal of an evaluation"):
@@ -468,34 +747,74 @@ def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
 
 
 def test_the_page_is_text_and_nothing_else(tmp_path):
-    evil = "<script>alert(1)</script> & <img src=x onerror=alert(2)> ${title}"
-    problem = Problem(f"story {evil}", f"question {evil}", (f"option {evil}", "b"), "B", "belief", "x/<b>", f"id {evil}", "")
+    evil = "<script>alert(1)</script> & <img src=x onerror=alert(2)> {{ names }}"
+    problem = Problem(
+        f"story {evil}",
+        f"question {evil}",
+        (f"option {evil}", "b"),
+        "B",
+        "belief",
+        "x/<b>",
+        f"id {evil}",
+        "",
+    )
     think = f"Cue Encoding: option A it is {evil}\nGoal Clarification: one two three four one two three four"
-    before, after = (summarise([measure(problem, text, 40)]) for text in (answered("A", think), f"not well-formed {evil}"))
+    before, after = (
+        summarise([measure(problem, text, 40)])
+        for text in (answered("A", think), f"not well-formed {evil}")
+    )
     page = report_page({f"before {evil}": before, "after": after}, [table_rows({"before": before})])
-    assert "<script" not in page and "<img" not in page and "src=" not in page.replace("src=x onerror", "")
+    assert (
+        "<script" not in page
+        and "<img" not in page
+        and "src=" not in page.replace("src=x onerror", "")
+    )
     assert page.count("&lt;script&gt;") >= 6 and "http" not in page
-    assert '<mark class=early>option A</mark>' in page
-    assert '<mark class=again>one two three four</mark>' in page
-    assert page.index("before") < page.index("after") and 'class="s1"' in page and 'class="s3"' in page
+    assert "<mark class=early>option A</mark>" in page
+    assert "<mark class=again>one two three four</mark>" in page
+    assert (
+        page.index("before") < page.index("after") and 'class="s1"' in page and 'class="s3"' in page
+    )
     assert page.count("<details") == page.count("</details") == 1
     said = "Cue Encoding: he put the red ball away\nCue Interpretation: he put the red ball away\nGoal Clarification: 小明把红球放好。小明把红球放好。"
     page = report_page({"x": summarise([measure(problem, answered("B", said), 40)])}, [])
-    assert "<mark class=again>he put the red ball away</mark>" in page and "<mark class=again>小明把红球放好</mark>" in page
+    assert (
+        "<mark class=again>he put the red ball away</mark>" in page
+        and "<mark class=again>小明把红球放好</mark>" in page
+    )
 
 
 def test_the_command_line(tmp_path, command):
     result, page = tmp_path / "a.json", tmp_path / "a.html"
     run = ["--limit", "4", "--json", result, "--max-new-tokens", "60"]
     code, out, _ = command(eval.main, *run, "--report", page)
-    assert code == 0 and re.search(r"accuracy +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", out) and "content" not in out
+    assert (
+        code == 0
+        and re.search(r"accuracy +4 +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]", out)
+        and "content" not in out
+    )
     assert len(json.loads(result.read_text())["responses"]) == 4 and "</html>" in page.read_text()
     assert not (tmp_path / "a.json.part").exists()
     code, out, _ = command(eval.main, "--compare", result, result, "--report", page)
     assert code == 0 and "0.000 [0.000, 0.000]" in out and page.read_text().count("<article>") == 8
-    overlapping = write(tmp_path, "train.jsonl", lines({"story": generate_problems(1, 0, "test")[0].story.upper(), "question": "q", "options": ["a", "b"], "answer": "A"}))
+    overlapping = write(
+        tmp_path,
+        "train.jsonl",
+        lines(
+            {
+                "story": generate_problems(1, 0, "test")[0].story.upper(),
+                "question": "q",
+                "options": ["a", "b"],
+                "answer": "A",
+            }
+        ),
+    )
     code, out, _ = command(eval.main, *run, "--train", overlapping)
-    assert code == 0 and "WARNING: 1 of 1 training problems have a story that stands in the evaluation data" in out
+    assert (
+        code == 0
+        and "WARNING: 1 of 1 training problems have a story that stands in the evaluation data"
+        in out
+    )
 
 
 def test_the_command_line_fails_in_one_line(tmp_path, command):
@@ -505,9 +824,15 @@ def test_the_command_line_fails_in_one_line(tmp_path, command):
         (["--model", str(tmp_path / "none")], f"error: {tmp_path}/none: no such model folder"),
         (["--data", str(bad)], f"error: {bad}:1: not JSON"),
         (["--data", str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),
-        (["--samples", "0"], "error: --samples 0: expected at least 1"),
-        (["--samples", "2", "--temperature", "0"], "error: --samples 2 --temperature 0: greedy samples are all the same"),
-        (["--report", str(tmp_path / "no" / "x.html")], f"error: {tmp_path}/no/x.html: expected the name of a file in a folder that exists"),
+        (["--samples", "0"], "error: --samples 0: expected a whole number, at least 1"),
+        (
+            ["--samples", "2", "--temperature", "0"],
+            "error: --samples 2 --temperature 0: greedy samples are all the same",
+        ),
+        (
+            ["--report", str(tmp_path / "no" / "x.html")],
+            f"error: {tmp_path}/no/x.html: expected the name of a file in a folder that exists",
+        ),
         (["--compare", str(bad), str(bad)], f"error: {bad}: not readable as JSON"),
     ]:
         code, _, err = command(eval.main, *arguments)

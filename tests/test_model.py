@@ -1,4 +1,5 @@
 """The forward pass, checkpoints, tokenizer and chat, against values that transformers computed (golden.json, made by golden.py)."""
+
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as module
-from model import ModelConfig, Tokenizer, Transformer, load_model, rotary_frequencies, save_model
+from model import Tokenizer, Transformer, load_model, parse_config, rotary_frequencies, save_model
 
 RECORDED = json.loads(golden.FILE.read_text(encoding="utf-8"))
 RAW = golden.CONFIGS["qwen3 untied, 2 queries a key"]
@@ -24,7 +25,7 @@ def stored(name):
 
 
 def filled(raw):
-    model = Transformer(ModelConfig.from_json(raw))
+    model = Transformer(parse_config(raw))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(golden.fill(stored(name), tuple(p.shape)))
@@ -46,14 +47,22 @@ def test_logits_are_those_of_transformers(label):
 
 @pytest.mark.parametrize("label", golden.CONFIGS)
 def test_bf16_is_no_further_off_than_in_transformers(label):
-    logits = filled(golden.CONFIGS[label]).bfloat16()(torch.tensor([golden.TOKENS]))[0, golden.POSITIONS]
+    logits = filled(golden.CONFIGS[label]).bfloat16()(torch.tensor([golden.TOKENS]))[
+        0, golden.POSITIONS
+    ]
     assert logits.dtype == torch.bfloat16
-    assert relative_error(logits, torch.tensor(RECORDED["logits"][label])) < 1.5 * RECORDED["bf16_error"][label]
+    assert (
+        relative_error(logits, torch.tensor(RECORDED["logits"][label]))
+        < 1.5 * RECORDED["bf16_error"][label]
+    )
 
 
 def test_norms_and_rotation_tables_are_computed_in_fp32():
     model = filled(RAW).bfloat16()
-    assert torch.equal(model.frequencies, rotary_frequencies(model.config)) and model.frequencies.dtype == torch.float32
+    assert (
+        torch.equal(model.frequencies, rotary_frequencies(model.config))
+        and model.frequencies.dtype == torch.float32
+    )
     x = (torch.arange(48) - 20.3).bfloat16()
     exact = x.double() / (x.double().square().mean() + 1e-5).sqrt() * model.norm.weight.double()
     assert torch.equal(model.norm(x), exact.bfloat16())  # rounded once, at the end
@@ -63,22 +72,31 @@ def test_llama3_scaling_of_frequencies_by_hand():
     # theta 10000, head_dim 4: frequencies 1 and 0.01. Original context 64 * pi: 32 turns of the first (kept), 0.32 of the second (/ 8)
     scaling = golden.LLAMA3 | dict(original_max_position_embeddings=201)
     raw = golden.LLAMA | dict(num_attention_heads=4, head_dim=4, rope_scaling=scaling)
-    torch.testing.assert_close(rotary_frequencies(ModelConfig.from_json(raw)), torch.tensor([1.0, 0.01 / 8]))
+    torch.testing.assert_close(rotary_frequencies(parse_config(raw)), torch.tensor([1.0, 0.01 / 8]))
     # original context 1600: 1600 * 0.01 / 2 pi = 2.546 turns, (2.546 - 1) / (4 - 1) = 0.5155 of it kept, the rest / 8
     raw["rope_scaling"] = scaling | dict(original_max_position_embeddings=1600)
-    torch.testing.assert_close(rotary_frequencies(ModelConfig.from_json(raw)), torch.tensor([1.0, 0.005155 + 0.004845 / 8]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        rotary_frequencies(parse_config(raw)),
+        torch.tensor([1.0, 0.005155 + 0.004845 / 8]),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 SMOLLM2 = os.environ.get("SOCIALR1_SMOLLM2")
 
 
-@pytest.mark.skipif(not SMOLLM2, reason="SOCIALR1_SMOLLM2 names no folder with SmolLM2-135M-Instruct")
+@pytest.mark.skipif(
+    not SMOLLM2, reason="SOCIALR1_SMOLLM2 names no folder with SmolLM2-135M-Instruct"
+)
 def test_smollm2_has_the_logits_and_the_chat_of_transformers():
     recorded = RECORDED["smollm2"]
     assert Tokenizer(SMOLLM2).chat(golden.CHAT) == recorded["ids"]
     with torch.no_grad():
         logits = load_model(SMOLLM2)(torch.tensor([recorded["ids"]]))[0, -1, ::500]
-    assert float((logits - torch.tensor(recorded["logits"])).abs().max()) < 1e-4 * recorded["largest"]
+    assert (
+        float((logits - torch.tensor(recorded["logits"])).abs().max()) < 1e-4 * recorded["largest"]
+    )
 
 
 @pytest.mark.parametrize("label", golden.CONFIGS)
@@ -87,7 +105,9 @@ def test_checkpoints_go_to_transformers_and_back(label, tmp_path):
     tokens = torch.tensor([golden.TOKENS])
     ours = filled(golden.CONFIGS[label])
     save_model(ours, tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         assert relative_error(ours(tokens), theirs(tokens).logits) < 1e-4
         theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
@@ -99,45 +119,83 @@ def test_checkpoints_go_to_transformers_and_back(label, tmp_path):
 
 
 def test_config_is_read_as_transformers_does_where_it_is_silent():
-    short = dict(vocab_size=9, hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=32)
-    qwen = ModelConfig.from_json(short | dict(model_type="qwen3"))
-    assert (qwen.head_dim, qwen.num_kv_heads, qwen.max_positions, qwen.rope_theta, qwen.norm_eps, qwen.tied) == (128, 32, 32768, 1e4, 1e-6, False)
-    llama = ModelConfig.from_json(short | dict(model_type="llama"))
-    assert (llama.head_dim, llama.num_kv_heads, llama.max_positions, llama.rope_theta, llama.norm_eps, llama.tied) == (2, 32, 2048, 1e4, 1e-6, False)
+    short = dict(
+        vocab_size=9,
+        hidden_size=64,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+    )
+    qwen = parse_config(short | dict(model_type="qwen3"))
+    assert (
+        qwen.head_dim,
+        qwen.num_kv_heads,
+        qwen.max_positions,
+        qwen.rope_theta,
+        qwen.norm_eps,
+        qwen.tied,
+    ) == (128, 32, 32768, 1e4, 1e-6, False)
+    llama = parse_config(short | dict(model_type="llama"))
+    assert (
+        llama.head_dim,
+        llama.num_kv_heads,
+        llama.max_positions,
+        llama.rope_theta,
+        llama.norm_eps,
+        llama.tied,
+    ) == (2, 32, 2048, 1e4, 1e-6, False)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model_type="qwen3_moe"), "'qwen3_moe' is not supported"),
-        (dict(model_type=None), "None is not supported"),
-        (dict(model_type=["qwen3"]), "is not supported"),
+        (dict(model_type="qwen3_moe"), "model_type = 'qwen3_moe', not supported; expected 'qwen3', 'llama'"),
+        (dict(model_type=None), "model_type = None, not supported"),
+        (dict(model_type=["qwen3"]), "not supported"),
         (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
-        (dict(layer_types="sliding_attention"), "layer_types = .'sliding_attention'."),
-        (dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), "expected one object for all layers"),
+        (dict(layer_types="sliding_attention"), "layer_types = .*'sliding_attention'.*, not supported"),
+        (
+            dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
+            "expected one object for all layers",
+        ),
         (dict(rope_parameters={"rope_theta": 10**400}), "rope_theta = 10{400}; expected a number"),
         (dict(vocab_size=10**30), "vocab_size = 10{30}; expected"),
-        (dict(rope_scaling=golden.LLAMA3 | dict(low_freq_factor=4.0)), "expected high_freq_factor above low_freq_factor"),
-        (dict(rope_scaling=golden.LLAMA3, original_max_position_embeddings=9), "and one original context"),
+        (
+            dict(rope_scaling=golden.LLAMA3 | dict(low_freq_factor=4.0)),
+            "expected high_freq_factor above low_freq_factor",
+        ),
+        (
+            dict(rope_scaling=golden.LLAMA3, original_max_position_embeddings=9),
+            "and another original_max_position_embeddings beside it",
+        ),
         (dict(use_sliding_window=True), "use_sliding_window = True"),
-        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types = .'sliding_attention'."),
+        (
+            dict(layer_types=["full_attention", "sliding_attention"]),
+            "layer_types = .*'sliding_attention'.*, not supported",
+        ),
         (dict(attention_bias=True), "attention_bias = True"),
         (dict(mlp_bias=True), "mlp_bias = True"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
-        (dict(hidden_act=None), "hidden_act = 'null'"),
-        (dict(is_causal=False), "is_causal = 'false'"),
-        (dict(num_hidden_layers=200_000), "num_hidden_layers = 200000.*at most 1024 layers"),
-        (dict(vocab_size=2**31 - 1, hidden_size=2**31 - 2), "matrices of at most 2..40 numbers"),
+        (dict(hidden_act=None), "hidden_act = None, not supported"),
+        (dict(is_causal=False), "is_causal = False, not supported"),
+        (dict(num_hidden_layers=200_000), "num_hidden_layers = 200000; expected a whole number, 1 to 1024"),
+        (dict(vocab_size=2**31 - 1, hidden_size=2**31 - 2), "vocab_size = 2147483647; expected a whole number, 1 to 16777216"),
         (dict(num_experts=8), "num_experts = 8"),
         (dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
-        (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope type 'yarn' is not supported"),
-        (dict(rope_scaling={"type": "linear", "factor": 4.0}), "rope type 'linear' is not supported"),
+        (
+            dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            "rope_type = 'yarn', not supported",
+        ),
+        (
+            dict(rope_scaling={"type": "linear", "factor": 4.0}),
+            "rope_type = 'linear', not supported",
+        ),
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor = None"),
         (dict(rope_scaling="yarn"), "rope settings 'yarn'"),
         (dict(rope_parameters={"rope_theta": "much"}), "rope_theta = 'much'"),
         (dict(rms_norm_eps=None), "rms_norm_eps = None"),
-        (dict(hidden_size=None), "hidden_size = None; expected a positive whole number"),
+        (dict(hidden_size=None), "hidden_size = None; expected a whole number, 1 to 131072"),
         (dict(num_hidden_layers=2.5), "num_hidden_layers = 2.5"),
         (dict(vocab_size=True), "vocab_size = True"),
         (dict(num_attention_heads=5), "5 heads of size 8 for 2 key heads"),
@@ -146,7 +204,7 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
 )
 def test_what_cannot_be_run_exactly_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig.from_json(RAW | change)
+        parse_config(RAW | change)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- checkpoints
@@ -165,7 +223,9 @@ def shard(folder):
     names = sorted(weights)
     weight_map = {}
     for i, part in enumerate((names[::2], names[1::2]), start=1):
-        save_file({name: weights[name] for name in part}, folder / f"model-0000{i}-of-00002.safetensors")
+        save_file(
+            {name: weights[name] for name in part}, folder / f"model-0000{i}-of-00002.safetensors"
+        )
         weight_map |= {name: f"model-0000{i}-of-00002.safetensors" for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return weight_map
@@ -182,7 +242,10 @@ def test_single_and_sharded_files_load_with_the_same_logits(raw, tmp_path):
     sharded = load_model(tmp_path / "model")
     assert torch.equal(sharded(tokens), model(tokens))
     save_model(sharded, tmp_path / "again")  # one file, and no index of shards that are not there
-    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     assert torch.equal(load_model(tmp_path / "again")(tokens), model(tokens))
 
 
@@ -193,17 +256,25 @@ def test_tied_heads_may_be_stored_or_not_and_stay_tied(tmp_path):
 
     def add(weights):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # as older checkpoints have it
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+            8
+        )  # as older checkpoints have it
 
     def change(weights):
         weights["lm_head.weight"][3, 3] += 1
 
     change_weights(tmp_path, add)
     loaded = load_model(tmp_path)
-    assert torch.equal(loaded(tokens), model(tokens)) and loaded.lm_head.weight is loaded.embed_tokens.weight
+    assert (
+        torch.equal(loaded(tokens), model(tokens))
+        and loaded.lm_head.weight is loaded.embed_tokens.weight
+    )
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
     change_weights(tmp_path, change)
-    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding, but config.json says tie_word_embeddings"):
+    with pytest.raises(
+        ValueError,
+        match="lm_head.weight differs from the embedding, but config.json says tie_word_embeddings",
+    ):
         load_model(tmp_path)
 
 
@@ -212,10 +283,19 @@ def test_weights_load_into_the_wanted_dtype(tmp_path):
     save_model(model, tmp_path)
     loaded = load_model(tmp_path, dtype=torch.bfloat16)
     for ours, theirs in zip(loaded.parameters(), model.parameters()):
-        assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs.bfloat16()) and ours.requires_grad
+        assert (
+            ours.dtype == torch.bfloat16
+            and torch.equal(ours, theirs.bfloat16())
+            and ours.requires_grad
+        )
     save_model(loaded, tmp_path / "coarse")
-    assert json.loads((tmp_path / "coarse" / "config.json").read_text()) == RAW | {"dtype": "bfloat16"}
-    assert load_file(tmp_path / "coarse" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "coarse" / "config.json").read_text()) == RAW | {
+        "dtype": "bfloat16"
+    }
+    assert (
+        load_file(tmp_path / "coarse" / "model.safetensors")["model.norm.weight"].dtype
+        == torch.bfloat16
+    )
 
 
 NORM = "model.layers.1.self_attn.q_norm.weight"
@@ -225,13 +305,31 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
     "change, message",
     [
         (lambda w: w.pop(NORM), "1 missing: layers.1.self_attn.q_norm.weight"),
-        (lambda w: w.update({NORM: torch.ones(9)}), r"'model.layers.1.self_attn.q_norm.weight' has shape \(9,\), expected \(8,\)"),
-        (lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}), "'model.layers.2.self_attn.q_norm.weight' has no place in a qwen3 model"),
-        (lambda w: w.update({NORM.replace("weight", "bias"): torch.ones(8)}), "q_norm.bias' has no place"),
+        (
+            lambda w: w.update({NORM: torch.ones(9)}),
+            r"'model.layers.1.self_attn.q_norm.weight' has shape \(9,\), expected \(8,\)",
+        ),
+        (
+            lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}),
+            "'model.layers.2.self_attn.q_norm.weight' has no place in this qwen3 model",
+        ),
+        (
+            lambda w: w.update({NORM.replace("weight", "bias"): torch.ones(8)}),
+            "q_norm.bias' has no place",
+        ),
         (lambda w: w.pop("lm_head.weight"), "1 missing: lm_head.weight"),
-        (lambda w: w.update({NORM: torch.ones(8, dtype=torch.int8)}), "q_norm.weight' is stored as I8, expected F32, F16 or BF16"),
-        (lambda w: w.update({NORM: torch.ones(8).to(torch.float8_e4m3fn)}), "is stored as F8_E4M3, expected"),
-        (lambda w: w.update({NORM.removeprefix("model."): torch.ones(8)}), "is there twice, also in model.safetensors"),
+        (
+            lambda w: w.update({NORM: torch.ones(8, dtype=torch.int8)}),
+            "q_norm.weight' is stored as I8, expected F32, F16 or BF16",
+        ),
+        (
+            lambda w: w.update({NORM: torch.ones(8).to(torch.float8_e4m3fn)}),
+            "is stored as F8_E4M3, expected",
+        ),
+        (
+            lambda w: w.update({NORM.removeprefix("model."): torch.ones(8)}),
+            "is there twice, also in model.safetensors",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
@@ -253,24 +351,34 @@ def test_bad_folders_and_files_are_named(tmp_path):
         with pytest.raises(ValueError, match="model.safetensors: not a safetensors file"):
             load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
-    (tmp_path / "model.safetensors.index.json").write_text("never read: one file goes before an index")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        "never read: one file goes before an index"
+    )
     load_model(tmp_path)
     names = shard(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     for entry, message in [
-        ("../model.safetensors", "is no name of a safetensors file in the checkpoint folder"),
-        ("/etc/passwd", "is no name of a safetensors file in the checkpoint folder"),
-        ("..", "is no name of a safetensors file in the checkpoint folder"),
-        (7, "is no name of a safetensors file in the checkpoint folder"),
+        ("../model.safetensors", "is no name of a safetensors file in this folder"),
+        ("/etc/passwd", "is no name of a safetensors file in this folder"),
+        ("..", "is no name of a safetensors file in this folder"),
+        (7, "is no name of a safetensors file in this folder"),
         ("x" * 300 + ".safetensors", "xxx.safetensors: no such weights file"),
-        ("model-00009-of-00002.safetensors", "model-00009-of-00002.safetensors: no such weights file"),
+        (
+            "model-00009-of-00002.safetensors",
+            "model-00009-of-00002.safetensors: no such weights file",
+        ),
     ]:
         index.write_text(json.dumps({"weight_map": names | {NORM: entry}}))
         with pytest.raises(ValueError, match=message):
             load_model(tmp_path)
     index.write_text(json.dumps({"weight_map": names}))
-    (tmp_path / names[NORM]).write_bytes((tmp_path / "model-00001-of-00002.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors: tensor .* is there twice, also in model-00001-of-00002.safetensors"):
+    (tmp_path / names[NORM]).write_bytes(
+        (tmp_path / "model-00001-of-00002.safetensors").read_bytes()
+    )
+    with pytest.raises(
+        ValueError,
+        match="00002-of-00002.safetensors: tensor .* is there twice, also in model-00001-of-00002.safetensors",
+    ):
         load_model(tmp_path)
     for text, message in [
         ("{}", "no weight_map"),
@@ -293,12 +401,20 @@ def test_saving_replaces_checkpoints_and_nothing_else(tmp_path, monkeypatch):
     save_model(model, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     for target in ("../project", "../folders", "../file", ".", "../here"):
-        with pytest.raises(ValueError, match="is no checkpoint folder: saving there would delete it"):
+        with pytest.raises(
+            ValueError, match="is no checkpoint folder: saving there would delete it"
+        ):
             save_model(model, target)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("here")
     save_model(model, "link")  # writes where it points to
-    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["file", "folders", "here", "link", "project"]
+    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "file",
+        "folders",
+        "here",
+        "link",
+        "project",
+    ]
 
 
 def test_interrupted_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -327,13 +443,15 @@ def test_saved_folders_carry_tokenizer_template_and_generation_config_unchanged(
     for name in ("model.safetensors", "config.json"):
         (source / name).write_bytes((tmp_path / "weights" / name).read_bytes())
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}\n", newline="")
-    for name in set(module._CARRIED) - {path.name for path in source.iterdir()}:
+    for name in set(module.CARRIED) - {path.name for path in source.iterdir()}:
         (source / name).write_text("{}")
     for name in ("pytorch_model.bin", "state.json"):
         (source / name).write_text("never loaded, never copied")
     save_model(load_model(source), tmp_path / "copy")
-    carried = sorted(module._CARRIED)
-    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted([*carried, "config.json", "model.safetensors"])
+    carried = sorted(module.CARRIED)
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == sorted(
+        [*carried, "config.json", "model.safetensors"]
+    )
     for name in carried:
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
     loaded = load_model(source)
@@ -386,7 +504,11 @@ def tokenizer_folder(path, template=TEMPLATE, **generation):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<pad>", "<s>", "</s>", "<|im_end|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     backend.train_from_iterator(["user assistant"], trainer)
     path.mkdir(exist_ok=True)
     backend.save(str(path / "tokenizer.json"))
@@ -402,9 +524,22 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
     assert tokenizer.render(messages) == "<s>user: Hé 漢?</s>\n<s>assistant:<think>\n"
     assert tokenizer.render(messages, thinking=False) == "<s>user: Hé 漢?</s>\n<s>assistant:"
     assert tokenizer.decode(tokenizer.chat(messages)) == "user: Hé 漢?\nassistant:<think>\n"
-    assert tokenizer.think_prefix() == "<think>" and tokenizer.think_prefix(thinking=False) == "" and tokenizer.max_new_tokens == 33
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # a file of its own wins
-    assert Tokenizer(tmp_path).render(messages) == "Hé 漢?" and Tokenizer(tmp_path).think_prefix() == ""
+    assert tokenizer.max_new_tokens == 33
+    # a file of its own goes before tokenizer_config.json
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert Tokenizer(tmp_path).render(messages) == "Hé 漢?"
+
+
+def test_a_completion_is_read_with_its_special_tokens_and_the_tag_that_its_prompt_opens(tmp_path):
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path))
+    opened, plain = (tokenizer.chat([{"role": "user", "content": "?"}], on) for on in (True, False))
+    pad, end, turn = (tokenizer.backend.token_to_id(t) for t in ("<pad>", "</s>", "<|im_end|>"))
+    x = tokenizer.encode("x")
+    assert tokenizer.completion_text(opened, [*x, end]) == "<think>x"  # the prompt ends with <think>\n
+    assert tokenizer.completion_text(plain, [*x, turn]) == "x"
+    assert tokenizer.completion_text(plain, [pad, *x, turn, *x]) == "<pad>x<|im_end|>x"
+    assert tokenizer.completion_text(plain, [end, end]) == "</s>"  # only the closing one goes
+    assert tokenizer.completion_text(plain, []) == ""
 
 
 def test_templates_may_use_what_real_ones_use(tmp_path):
@@ -418,11 +553,18 @@ def real_templates():
     """Chat templates of public models, where a library that carries them is installed."""
     spec = importlib.util.find_spec("trl")
     folder = Path(spec.submodule_search_locations[0] if spec else "none", "chat_templates")
-    return [folder / f"{name}.jinja" for name in ("qwen3", "qwen3_instruct_2507", "llama3_1", "llama3_2")]
+    return [
+        folder / f"{name}.jinja"
+        for name in ("qwen3", "qwen3_instruct_2507", "llama3_1", "llama3_2")
+    ]
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize("template", [BUSY_TEMPLATE, TEMPLATE, *real_templates()], ids=lambda t: getattr(t, "name", "ours"))
+@pytest.mark.parametrize(
+    "template",
+    [BUSY_TEMPLATE, TEMPLATE, *real_templates()],
+    ids=lambda t: getattr(t, "name", "ours"),
+)
 def test_chat_is_that_of_transformers(template, thinking, tmp_path):
     transformers = pytest.importorskip("transformers")
     if isinstance(template, Path):
@@ -430,13 +572,25 @@ def test_chat_is_that_of_transformers(template, thinking, tmp_path):
             pytest.skip("no trl here, which carries the templates of public models")
         template = template.read_text(encoding="utf-8")
     tokenizer_folder(tmp_path, template)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+        )
+    )
     (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for chat in (golden.CHAT, golden.CHAT[1:], BUSY_CHAT):
-        expected = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
+        expected = theirs.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+        )
         assert Tokenizer(tmp_path).render(chat, thinking) == expected
-        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=thinking)
+        ids = theirs.apply_chat_template(
+            chat,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            enable_thinking=thinking,
+        )
         assert Tokenizer(tmp_path).chat(chat, thinking) == ids
 
 
@@ -481,7 +635,9 @@ def test_failures_of_templates_take_one_line(tmp_path):
 
 def test_older_folders_keep_special_tokens_in_a_file_of_their_own(tmp_path):
     tokenizer_folder(tmp_path, "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}")
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<old>", "unk_token": {"content": "<pad>"}}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": "<old>", "unk_token": {"content": "<pad>"}})
+    )
     assert Tokenizer(tmp_path).render([]) == "<s>|</s>|<pad>"  # tokenizer_config.json goes first
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<pad>"}))
@@ -491,14 +647,26 @@ def test_older_folders_keep_special_tokens_in_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     "file, content, message",
     [
-        ("generation_config.json", {"eos_token_id": [[2]]}, r"generation_config.json: eos_token_id is \[\[2\]\]; expected a token id or a list"),
+        (
+            "generation_config.json",
+            {"eos_token_id": [[2]]},
+            r"generation_config.json: eos_token_id is \[\[2\]\]; expected a token id or a list",
+        ),
         ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is '2'; expected"),
         ("config.json", {"eos_token_id": True}, "config.json: eos_token_id is True; expected"),
         ("config.json", {"eos_token_id": -1}, "eos_token_id is -1; expected"),
-        ("generation_config.json", {"max_new_tokens": "33"}, "max_new_tokens is '33'; expected a whole number above 0"),
+        (
+            "generation_config.json",
+            {"max_new_tokens": "33"},
+            "max_new_tokens is '33'; expected a whole number above 0",
+        ),
         ("generation_config.json", {"max_new_tokens": -5}, "max_new_tokens is -5; expected"),
         ("tokenizer_config.json", {"chat_template": 7}, "chat_template is int; expected text"),
-        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 7}]}, "chat_template is int; expected text"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "default", "template": 7}]},
+            "chat_template is int; expected text",
+        ),
         ("tokenizer_config.json", [], "tokenizer_config.json: expected a JSON object, got list"),
     ],
 )
@@ -511,10 +679,17 @@ def test_settings_of_the_wrong_kind_are_named(file, content, message, tmp_path):
 
 def test_settings_that_mean_nothing_are_passed_over(tmp_path):
     tokenizer_folder(tmp_path)
-    odd = {"bos_token": None, "pad_token": {"content": 5}, "eos_token": {}, "chat_template": ["x", {"name": "rag", "template": "y"}]}
+    odd = {
+        "bos_token": None,
+        "pad_token": {"content": 5},
+        "eos_token": {},
+        "chat_template": ["x", {"name": "rag", "template": "y"}],
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.special_tokens == {} and tokenizer.template is None and tokenizer.stop_ids == (3,)
+    assert (
+        tokenizer.special_tokens == {} and tokenizer.template is None and tokenizer.stop_ids == (3,)
+    )
 
 
 def test_texts_that_no_tokenizer_can_take_say_so(tmp_path):
