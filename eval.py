@@ -1,50 +1,52 @@
-"""Benchmark files in, estimates out: how often a checkpoint is right, how sure that is, and why.
+"""Benchmarks in, estimates out: how often a checkpoint is right, how surely, and how it reasons.
 
-The page goes from the question to the answer. A model answers problems (`evaluate`), one response is
-measured (`measure`), many are summed up with intervals (`summarise`), and tables are laid out. Then
-come the readers of the eight benchmarks, the comparison of two results, the HTML page and the command
-line. [P] marks what the paper states (arXiv 2603.09249), [O] our own choice where it is silent.
+A model answers problems (`evaluate`), one response is measured (`measure`), many are summed up with
+intervals (`summarise`), and tables are laid out. Then come the readers of the eight benchmarks, the
+comparison of two results, the HTML page and the command line. [P] marks what the paper states
+(arXiv 2603.09249), [O] marks our own choice where the paper is silent.
 
-What is estimated. A benchmark is a sample of the questions that could have been asked. The accuracy on
-it is therefore an estimate of the accuracy on all such questions, and another sample would have given
-another number. The interval says how different that number could be. It holds the middle 95% of 2000
-bootstrap draws [O]: each draw takes as many stories as there are, with replacement, and computes the
-mean again. *Stories* are drawn rather than questions, because the questions of a story stand or fall
-together: who loses track of a story gets all five of its questions wrong. Ten stories with ten
-questions each are nearer to ten observations than to a hundred, and an interval that counts them as a
-hundred is far too narrow.
+What is estimated. A benchmark is a sample of the questions that could have been asked. The accuracy
+on it is therefore an estimate of the accuracy on all such questions, and another sample would have
+given another number. The interval says how different that number could be. It holds the middle 95%
+of 2000 bootstrap draws [O]: each draw takes as many stories as there are, with replacement, and
+computes the mean again. *Stories* are drawn rather than questions, because the questions of a story
+stand or fall together: a model that loses track of a story gets all of its questions wrong. Ten
+stories with ten questions each are nearer to ten observations than to a hundred, and an interval
+that counts them as a hundred is far too narrow.
 
-Two results are compared on the problems that both answered, problem by problem. What makes a problem
-hard is the same on both sides and cancels in the difference. The interval of the difference is
-therefore narrower than the intervals of the two accuracies suggest, and two checkpoints whose
-intervals overlap can differ surely.
+Two results are compared on the problems that both answered, problem by problem. What makes a
+problem hard is the same on both sides and cancels in the difference. The interval of the difference
+is therefore narrower than the intervals of the two accuracies suggest, and two checkpoints whose
+intervals overlap may still differ for certain.
 
 What a right letter does not show. The paper's claims are about reasoning, and each measure below
-speaks to one of them. `process` splits all but the first four by right and wrong responses.
+speaks to one of them. The measures from parse_rate on are also split by right and wrong responses:
+a habit that wrong responses have more often than right ones is one that costs answers.
 
     accuracy       responses with the right letter; one without a readable answer is wrong
     majority       the accuracy of the most frequent answer, where there are several samples
     macro          the mean of the benchmarks' accuracies, as in the paper's main table [P]
     hard, control  the accuracy on generated stories where a shortcut, "people know whatever the
-                   reader knows", leads to a wrong option, and on their twins, where it leads to the
-                   right one; shortcut_gap = control - hard is what shortcuts are worth to the model.
-                   High scores that rest on them are the paper's *shortcut illusion* [P]
-    parse_rate     responses with one readable answer; where it is far below 1, the accuracy measures
-                   obedience as much as reasoning
+                   reader knows", leads to a wrong option, and on their twins, where it leads to
+                   the right one
+    shortcut_gap   control - hard: what shortcuts are worth to the model. High scores that rest on
+                   shortcuts are the paper's *shortcut illusion* [P]
+    parse_rate     responses with one readable answer; where this is far below 1, the accuracy
+                   measures obedience as much as reasoning
     well_formed    responses with R_fmt = 1: a think block, an answer block and nothing else
     coverage       the fraction of the four stages that are present
     order          the fraction of the present stages that stand in the right order
     stage_order    responses with all four stages in order: *stage consistency* [P]
-    option_early   responses that name an option before Response Generation. Whoever reasons from the
-                   story does not need the options yet; whoever starts from an option and justifies it
-                   names it early. The paper calls that *reasoning parasitism* [P]
+    option_early   responses that name an option before Response Generation. A model that reasons
+                   from the story does not need the options yet; one that settles on an option and
+                   justifies it names it early. The paper calls this *reasoning parasitism* [P]
     first_option   where the reasoning first names an option: 0 is its beginning, 1 its end
-    repetition     the fraction of 4-grams of words that were said before: length without information
-    length         sampled tokens; the paper reports that its model reasons in fewer [P]
+    repetition     the fraction of 4-grams of words that were said before: length that says nothing
+    length         sampled tokens: how many a model needs for what it says
     reward         R at the end of the curriculum; the result carries the settings of R
-    content        how well each stage is grounded in the story, if there is a content model. If cues
-                   score well and their interpretation does not, that is the paper's
-                   *interpretation bottleneck* [P]: the model sees and does not understand
+    content        how well each stage is grounded in the story, if there is a content model. Where
+                   the cues score well and their interpretation does not, the model sees and does
+                   not understand: the paper's *interpretation bottleneck* [P]
 """
 
 import argparse
@@ -58,7 +60,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -145,21 +147,21 @@ def check_lengths(
 
     This comes before all work, so that a long problem does not end an evaluation in its last hour.
     """
-    messages = [build_messages(problem, instructions) for problem in problems]
-    prompts = [tokenizer.chat(chat, thinking) for chat in messages]
+    prompts = [tokenizer.chat(build_messages(p, instructions), thinking) for p in problems]
     for problem, prompt in zip(problems, prompts):
         if len(prompt) + max_new_tokens > config.max_positions:
-            size = f"problem {problem.id!r} has {len(prompt)} tokens; with --max-new-tokens"
-            limit = f"{max_new_tokens} that exceeds the model's context of {config.max_positions}"
-            raise ValueError(f"{size} {limit}: leave it out, or lower --max-new-tokens")
+            size = (
+                f"problem {problem.id!r}: {len(prompt)} + --max-new-tokens {max_new_tokens} tokens"
+            )
+            raise ValueError(f"{size} exceed the context, {config.max_positions}; lower the flag")
     return prompts
 
 
 def read_journal(journal: Path) -> dict[str, list[tuple[str, int]]]:
     """Read answers by name: the text of each sample, and its number of tokens.
 
-    A journal has a line for each prompt. An interruption can leave a torn last line, which is cut off.
-    ValueError: another file.
+    A journal has a line for each prompt. An interruption can leave a torn last line, which is cut
+    off. ValueError: the file is no journal.
     """
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     complete = [line for line in lines if line.endswith(b"\n")]
@@ -168,8 +170,7 @@ def read_journal(journal: Path) -> dict[str, list[tuple[str, int]]]:
         for name, samples in map(json.loads, complete):
             answers[name] = [(text + "", length + 0) for text, length in samples]
     except (ValueError, TypeError):
-        remedy = "delete it, or choose another --json"
-        raise ValueError(f"{journal}: not the journal of an evaluation; {remedy}") from None
+        raise ValueError(f"{journal}: not an evaluation's journal; choose another --json") from None
     write_text(journal, b"".join(complete).decode())
     return answers
 
@@ -241,29 +242,27 @@ def locate_options(think: str, problem: Problem) -> list[tuple[str, int, int]]:
     return places
 
 
-# -------------------------------------------------------------------------- estimates and intervals
+# ----------------------------------------------------------------------- estimates and intervals
 #
-# An estimate is an array: first the mean of the data, then the same mean in each bootstrap draw. The
-# difference of two estimates, and the mean of several, are therefore the difference and the mean of
-# arrays, and need no formula for their error: `control - hard` holds the gap, and the gap in each draw.
+# An estimate is an array: first the mean of the data, then the same mean in each bootstrap draw.
+# The difference of two estimates is therefore the difference of two arrays, and needs no formula
+# for its error: `control - hard` holds the gap, and the gap in each draw.
 
 DRAWS = 2000
 Estimate = np.ndarray  # (1 + DRAWS,)
 
 
-def estimate(
-    stories: Sequence[str], values: Sequence[float], weights: Sequence[float] | None = None
-) -> Estimate:
+def estimate(stories: Sequence[str], values: Sequence[float], weights: Sequence[float]) -> Estimate:
     """Estimate the weighted mean of values that belong to stories.
 
-        mean in a draw = sum of n_s * (weighted values of story s) / sum of n_s * (weights of story s)
+        mean in a draw = sum of n_s * sum of weights * values / sum of n_s * sum of weights
 
-    n_s says how often the draw has story s. The same stories are drawn alike every time, so that two
-    estimates over them can be subtracted draw by draw.
+    The outer sums run over the stories s, the inner ones over the values of a story; n_s says how
+    often the draw has it. The same stories are drawn alike every time, so that two estimates over
+    them can be subtracted draw by draw.
     """
     names, place = np.unique(stories, return_inverse=True)
-    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    sums = np.bincount(place, weights * np.asarray(values, dtype=float))
+    sums = np.bincount(place, np.multiply(values, weights))
     totals = np.bincount(place, weights)
     counts = draw_stories(tuple(names.tolist()))
     with np.errstate(invalid="ignore"):  # a draw without any weight has no mean
@@ -291,27 +290,21 @@ def normalise(story: str) -> str:
     return "".join(filter(str.isalpha, story.casefold()))
 
 
+# The rows of a table, and what grpo.py logs during training.
 ACCURACIES = ("accuracy", "majority", "hard", "control", "shortcut_gap")
-PROCESS = (
-    *("parse_rate", "well_formed", "coverage", "order", "stage_order", "option_early"),
-    *("first_option", "repetition", "length", "reward"),
-    *(f"content, {stage}" for stage in STAGES),
-)
+PROCESS = "parse_rate well_formed coverage order stage_order option_early first_option".split()
+PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES)]
+MEASURES = "accuracy hard control shortcut_gap parse_rate stage_order option_early length".split()
 SPLITS = {"by_benchmark": "benchmark", "by_file": "source", "by_ability": "ability"}
-# what grpo.py logs during training
-MEASURES = ("accuracy", "hard", "control", "shortcut_gap")
-MEASURES += ("parse_rate", "stage_order", "option_early", "length")
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """What is scored as one, with all samples: a problem, or problems that only count together.
 
-    `values` has the mean of each measure over the samples, and the weight of that mean.
+    `values` has the mean of each measure, and its weight: how much data there is.
     """
 
     records: list[dict]
-    problems: int
     story: str
     values: dict[str, tuple[float, float]]
 
@@ -330,8 +323,9 @@ def make_unit(problems: list[list[dict]]) -> Unit:
     records = list(itertools.chain(*problems))
     right = [all(record["correct"] for record in sample) for sample in zip(*problems)]
     voted = [most_frequent_answer(samples) == samples[0]["gold"] for samples in problems]
-    values = {"accuracy": (mean(right), 1), "majority": (float(all(voted)), 1)}
-    # The accuracy counts units. The process counts responses, those aside that have no such value.
+    # The accuracy counts units; with one sample the majority would repeat it, and has no weight.
+    # The process counts responses, except for those that have no such value.
+    values = {"accuracy": (mean(right), 1), "majority": (float(all(voted)), len(right) > 1)}
     for key in PROCESS:
         known = [record[key] for record in records if record.get(key) is not None]
         values[key] = (mean(known), len(known))
@@ -339,7 +333,7 @@ def make_unit(problems: list[list[dict]]) -> Unit:
     # Twins share source and id: they are one story told twice, and drawn together.
     twins = f"{first['source']} {first['id']}"
     story = twins if first["variant"] else normalise(first["story"])
-    return Unit(records=records, problems=len(problems), story=story, values=values)
+    return Unit(records, story, values)
 
 
 def most_frequent_answer(samples: list[dict]) -> str | None:
@@ -358,17 +352,17 @@ def summarise(records: list[dict]) -> dict:
 
     `n` counts what is scored as one, `questions` the problems.
     """
-    units = make_units(records)
-    result = sum_up(units) | {"questions": sum(unit.problems for unit in units)}
+    questions = sum(not record.get("sample") for record in records)
+    result = sum_up(make_units(records)) | {"questions": questions}
     return result | {"process": split_process(records), "responses": records}
 
 
 def sum_up(units: list[Unit]) -> dict:
     """Estimate every measure over all units, and the accuracy over each group of them.
 
-    "overall" has the first, "by_ability" and its like the second; what is in "overall" also stands at
-    the top of the result. "intervals" and "counts" are built alike. A measure without data, such as
-    `hard` on a benchmark, is None.
+    The first stand in "overall" and also at the top of the result, the second in "by_ability" and
+    its like; "intervals" and "counts" are built alike. A measure without data, such as `hard` on a
+    benchmark, is None.
     """
 
     def over(members: list[Unit], key: str = "accuracy", variant: str = "") -> Estimate:
@@ -381,16 +375,14 @@ def sum_up(units: list[Unit]) -> dict:
     estimates = map_sections(over, groups)
     keys = [key for key in units[0].values if any(unit.values[key][1] for unit in units)]
     overall = {key: over(units, key) for key in keys}
-    if all(len(unit.records) == unit.problems for unit in units):
-        del overall["majority"]  # with one sample it repeats the accuracy
     benchmarks = estimates["by_benchmark"].values()
     overall["macro"] = sum(benchmarks) / len(benchmarks)
     variants = group_units(units, "variant")
     overall |= {name: over(variants[name]) for name in variants if name}
     if "hard" in variants and "control" in variants:
-        gap = over(units, variant="control") - over(units, variant="hard")
-        overall["shortcut_gap"] = gap
-    estimates["overall"], groups["overall"] = overall, variants
+        overall["shortcut_gap"] = over(units, variant="control") - over(units, variant="hard")
+    estimates["overall"] = overall
+    groups["overall"] = variants
     values = map_sections(lambda draws: float(draws[0]), estimates)
     result = dict.fromkeys(MEASURES) | values["overall"] | values
     result |= {"n": len(units), "counts": map_sections(len, groups)}
@@ -403,7 +395,7 @@ def map_sections(function: Callable, sections: dict[str, dict]) -> dict[str, dic
 
 
 def split_process(records: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Average the process measures over all, right and wrong responses; None where there are none."""
+    """Average the process measures over all, right and wrong responses; None is a mean of none."""
     process = {}
     for key in PROCESS:
         process[key] = {}
@@ -414,7 +406,7 @@ def split_process(records: list[dict]) -> dict[str, dict[str, float | None]]:
     return process
 
 
-# ------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------- tables
 
 Rows = list[list[str]]  # the first row is the header
 
@@ -477,28 +469,27 @@ def cell(key: str, value: float | None, bounds: Sequence[float] | None = None) -
     return f"{texts[0]} [{texts[1]}, {texts[2]}]" if bounds else texts[0]
 
 
-# -------------------------------------------------------------------------- readers of the benchmarks
+# ---------------------------------------------------------------------- readers of the benchmarks
 #
 # A reader turns a row of an original file into problems: dicts with story, question, options and
-# answer; with ability and id where the row has them; with subset, the part of the benchmark, where it
-# is not the file's name; with joint, for problems that count only together; with repaired, for what the
-# reader put right. In place of a problem it may yield the reason why there is none. The names of the
-# row's cells have lost their case, blanks and marks: "question type" is "questiontype".
+# answer, and where the row has them ability and id. `subset` is the part of the benchmark, where it
+# is not the file's name; problems with the same `joint` count only together; `cut` says that a line
+# was dropped. In place of a problem a reader may yield the reason why there is none. The names of
+# the row's cells have lost their case, blanks and marks: "question type" is "questiontype".
 #
 # The rest is common to all. An option may begin with its letter. The answer may be a letter, an
-# option's text or a place. A cell may be missing, or have blanks around it. Options are shuffled, each
-# problem with a seed of its own, where the file gives them in no order or the right letter is biased.
-# All that is repaired or left out is noted with its rows. The traps that single lines are for were
-# counted in the complete original files [O].
+# option's text or a place. A cell may be missing, or have blanks around it. Where a file gives the
+# options in no order, or the right letter is biased, they are shuffled, each problem's with a seed
+# of its own. All that is repaired or left out is noted with its rows. The traps that single lines
+# are for were counted in the complete original files.
 
 TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
 ENDINGS = (".jsonl", ".json", ".csv")
-Items = Iterator[dict | str]
 
 
-def emobench_eu(row: dict, lang: str) -> Items:
+def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
     """Ask for an emotion and for its cause, which are right together; the file has no questions."""
     name = f"EU:{lang}:{row['qid']}"
     for half in ("emotion", "cause"):
@@ -508,14 +499,14 @@ def emobench_eu(row: dict, lang: str) -> Items:
         yield item | dict(subset="EU", id=f"{name}:{half}", joint=name)
 
 
-def emobench_ea(row: dict, lang: str) -> Items:
+def emobench_ea(row: dict, lang: str) -> Iterator[dict | str]:
     question = TEXTS["emobench"][lang][row["questiontype"]].format(row["subject"])
     item = dict(story=row["scenario"], question=question, ability=row["category"])
     item |= dict(options=row["choices"], answer=row["label"])
     yield item | dict(subset="EA", id=f"EA:{lang}:{row['qid']}")
 
 
-def motivebench(row: dict, lang: str) -> Items:
+def motivebench(row: dict, lang: str) -> Iterator[dict | str]:
     """Ask three questions a row; each has a scenario of its own, which stands in front of it."""
     for place, kind in enumerate(("motivation", "behavior", "motivation and behavior"), start=1):
         sentences = re.split(r"(?<=[.!?])\s+", row[simplify(f"{kind} reasoning question")].strip())
@@ -523,13 +514,13 @@ def motivebench(row: dict, lang: str) -> Items:
         question = f"What is the most likely {kind}?"
         if asking and len(sentences) > 1:
             question = asking[-1]
-            sentences.remove(question)
-        item = dict(story=" ".join(sentences), question=question, ability=kind)
+        story = " ".join(sentence for sentence in sentences if sentence != question)
+        item = dict(story=story, question=question, ability=kind)
         item |= dict(options=row[f"options{place}"], answer=row[f"correctanswer{place}"])
         yield item | dict(id=f"{row['idx']}:{place}")
 
 
-def hitom(row: dict, lang: str) -> Items:
+def hitom(row: dict, lang: str) -> Iterator[dict | str]:
     """Ask with the note that the original prompts have: deception makes no sense without it."""
     if row.get("promptingtype", "CoTP") != "CoTP":  # 138 of these 600 have another gold answer
         yield "repeats a CoTP row, some with a wrong answer"
@@ -543,7 +534,7 @@ def hitom(row: dict, lang: str) -> Items:
     yield item | dict(cut=kept != lines)
 
 
-def tactfultom(row: dict, lang: str) -> Items:
+def tactfultom(row: dict, lang: str) -> Iterator[dict | str]:
     """Ask the questions of five lists; the right answer and the wrong ones have no order."""
     for kind in ("justification", "fact_reason", "fact_truth", "belief", "lieability"):
         name = simplify(f"{kind}QA")
@@ -561,14 +552,14 @@ def tactfultom(row: dict, lang: str) -> Items:
             yield from ["yes/no, or a list of names: no options to choose from"] * len(asked)
 
 
-def simpletom(row: dict, lang: str) -> Items:
+def simpletom(row: dict, lang: str) -> Iterator[dict | str]:
     kinds = {"aware": "mental state", "action": "behavior", "judge": "judgment"}
     kind = kinds[row["id"].rpartition("_")[2]]
     item = dict(story=row["story"], question=row["question"], ability=kind, subset=kind)
     yield item | dict(options=row["choices"]["text"], answer=row["answerkey"], id=row["id"])
 
 
-def by_columns(row: dict, lang: str) -> Items:
+def by_columns(row: dict, lang: str) -> Iterator[dict | str]:
     """Read a row that has a column for each text, under one of the names in COLUMNS."""
     options = read_options(row, lang)
     if lang == "en" and "故事" in row and len(read_options(row, "zh")) != len(options):
@@ -580,7 +571,7 @@ def by_columns(row: dict, lang: str) -> Items:
     yield item | dict(options=options, ability=ability.strip().lower())
 
 
-def our_own(row: dict, lang: str) -> Items:
+def our_own(row: dict, lang: str) -> Iterator[dict | str]:
     extra = {name: clean(row.get(name)) for name in ("source", "id", "variant")}
     for item in by_columns(row, lang):
         yield item | {name: text for name, text in extra.items() if text}
@@ -591,7 +582,7 @@ class Reader(NamedTuple):
 
     name: str
     columns: str
-    items: Callable[[dict, str], Items]
+    items: Callable[[dict, str], Iterator[dict | str]]
     shuffled: bool = False
 
 
@@ -622,11 +613,12 @@ def recognise(file: Path, columns: list[str]) -> Reader:
     # ToMBench-Hard has ToMBench's columns or others, but comes as CSV, and has four options.
     hard = file.suffix.lower() == ".csv" and reader.name != "socialiqa"
     letters = "abcd" if hard else "a"
-    texts = {text: present.intersection(names) for text, names in COLUMNS["en"].items()}
-    for pattern in COLUMNS["en"]["option"]:
+    names = COLUMNS["en"]
+    for pattern in names["option"]:
         if present.issuperset(pattern.format(letter) for letter in letters):
-            texts["options"].add(pattern)
-    missing = [text for text in ("story", "question", "options", "answer") if not texts[text]]
+            present.add("options")
+    texts = ("story", "question", "options", "answer")
+    missing = [text for text in texts if present.isdisjoint(names[text])]
     if missing:
         listed = ", ".join(map(repr, columns))
         raise NoProblems(f"no column for {', '.join(missing)}; the columns are: {listed}")
@@ -648,7 +640,7 @@ def first_cell(row: dict, names: list[str]) -> object:
 
 
 def read_options(row: dict, lang: str) -> list:
-    """Return the cells of the options, from one column or several, without empty ones at the end."""
+    """Return the options' cells, from one column or several, without empty ones at the end."""
     cells = first_cell(row, COLUMNS[lang]["options"])
     if cells and isinstance(cells, str):
         try:
@@ -674,8 +666,7 @@ def find_letter(answer: str, options: dict[str, str], first_place: int) -> str:
     bare = answer.rstrip(".) ").upper()
     if bare in options:
         return bare
-    same = [letter for letter in options if options[letter] == answer]
-    same = same or [o for o in options if options[o] == without_letter(answer, o)]
+    same = [o for o, text in options.items() if text in (answer, without_letter(answer, o))]
     if len(same) == 1:
         return same[0]
     if bare.isdecimal() and 0 <= int(bare) - first_place < len(options):
@@ -691,9 +682,8 @@ def make_problem(item: dict, reader: Reader, first_place: int) -> tuple[Problem,
         raise ValueError(f"a problem needs 2 to 26 options, got {len(raw) - 2}")
     story, question, *texts = map(clean, raw)
     options = {letter: without_letter(text, letter) for letter, text in zip(LETTERS, texts)}
-    for letter, text in options.items():
-        if not text:
-            raise ValueError(f"option {letter} is empty")
+    if "" in texts:
+        raise ValueError(f"option {LETTERS[texts.index('')]} is empty")
     if not story or not question:
         raise ValueError("the story or the question is empty")
     "".join((story, question, *texts)).encode()  # half of a surrogate pair is no text
@@ -711,9 +701,8 @@ def make_problem(item: dict, reader: Reader, first_place: int) -> tuple[Problem,
         order = random.Random(f"{reader.name} {item['id']}").sample(order, len(order))
     names = ("ability", "source", "id", "variant", "joint")
     given = {name: item.get(name, "") for name in names} | dict(story=story, question=question)
-    letter = LETTERS[order.index(gold)]
-    problem = Problem(**given, options=[options[o] for o in order], answer=letter)
-    return problem, [f"repaired: {what}" for what, done in repairs.items() if done]
+    given |= dict(options=[options[o] for o in order], answer=LETTERS[order.index(gold)])
+    return Problem(**given), [f"repaired: {what}" for what, done in repairs.items() if done]
 
 
 def read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Problem], list[str]]:
@@ -745,8 +734,7 @@ def read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Proble
         except ValueError as error:
             raise ValueError(f"{file}:{line}: {error}") from None
         except (LookupError, TypeError, AttributeError) as error:
-            cause = f"not a row of {reader.name}: {type(error).__name__} {error}"
-            raise ValueError(f"{file}:{line}: {cause}") from None
+            raise ValueError(f"{file}:{line}: not a row of {reader.name}: {error!r}") from None
     return reader.name, problems, [describe(file, note, notes[note]) for note in notes]
 
 
@@ -764,16 +752,18 @@ def read_with_labels(file: Path) -> list[tuple[int, dict]]:
     if labels.exists():
         answers = labels.read_text(encoding="utf-8", errors="replace").split()
         if len(answers) != len(rows):
-            counts = f"{len(answers)} answers for {len(rows)} rows"
-            raise ValueError(f"{labels}: {counts} of {file.name}; expected one each")
+            raise ValueError(
+                f"{labels}: {len(answers)} answers for {len(rows)} rows of {file.name}"
+            )
         rows = [(line, row | {"label": label}) for (line, row), label in zip(rows, answers)]
     return rows
 
 
-def read_files(
-    path: str | Path, name: str | None = None, lang: str = "en"
-) -> tuple[set[str], list[Problem], list[str]]:
-    """Read a file, or a folder with all below it -> names of the benchmarks, problems, notes.
+Reading = tuple[set[str], list[Problem], list[str]]  # names of benchmarks, problems, notes
+
+
+def read_files(path: str | Path, name: str | None = None, lang: str = "en") -> Reading:
+    """Read a file, or a folder with all below it.
 
     In a folder, files without problems and SocialIQA's training split are left out with a note.
     """
@@ -799,8 +789,7 @@ def read_files(
         problems += of_file
         notes += of_notes
     if not problems:
-        expected = "expected benchmark files: .jsonl, .json or .csv"
-        raise ValueError(f"{path}: no problems in {lang!r} found; {expected}")
+        raise ValueError(f"{path}: no problems in {lang!r} found; expected .jsonl, .json or .csv")
     return names, problems, notes
 
 
@@ -834,7 +823,7 @@ def spread_problems(problems: list[Problem], count: int) -> list[Problem]:
     """Choose about `count` problems, evenly spread; those that count together stay together."""
     groups = defaultdict(list)
     for place, problem in enumerate(problems):
-        groups[(problem.source, problem.joint) if problem.joint else place].append(problem)
+        groups[problem.source, problem.joint or place].append(problem)
     chosen = math.ceil(count * len(groups) / max(len(problems), 1))
     return list(itertools.chain(*spread(list(groups.values()), chosen)))
 
@@ -854,7 +843,7 @@ def contamination_note(training: list[Problem], evaluation: list[Problem]) -> st
     return f"{count} have a story that stands in the evaluation data: {', '.join(names)}"
 
 
-# ------------------------------------------------------------------------------ comparing two results
+# -------------------------------------------------------------------------- comparing two results
 
 
 def read_result(path: Path) -> dict:
@@ -874,8 +863,7 @@ def read_result(path: Path) -> dict:
                 item = (place, record.get("item", item))
                 records.append(measure_again(record, reward_config) | {"item": item})
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        cause = f"{type(error).__name__} {error}"
-        raise ValueError(f"{path}: not a result of eval.py --json: {cause}") from None
+        raise ValueError(f"{path}: not a result of eval.py --json: {error!r}") from None
     if not records:
         raise ValueError(f"{path}: no responses in it")
     return summarise(records)
@@ -931,7 +919,7 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
         for key, (value, weight) in before.values.items():
             new_value, new_weight = after.values[key]
             values[key] = (new_value - value, min(weight, new_weight))
-        changes.append(replace(before, values=values))
+        changes.append(before._replace(values=values))
     columns = (*names, "difference [95%]")
     results = dict(zip(columns, map(sum_up, (*zip(*pairs), changes))))
     rows = table_rows(results, with_intervals=columns[2:])
@@ -939,7 +927,7 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
     return rows + [["in one of them only", "", *map(str, alone), ""]] * any(alone)
 
 
-# ------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------- the page
 
 
 def report_page(results: dict[str, dict], tables: list[Rows], limit: int = 100) -> str:
@@ -979,8 +967,7 @@ def mark_passages(record: dict) -> list[tuple[str, list[tuple[str, str]]]]:
         runs = []
         for mark, places in itertools.groupby(range(start, end), key=marks.__getitem__):
             runs.append((mark, "".join(think[i] for i in places)))
-        if think[start:end].strip():
-            passages.append((stage, runs))
+        passages.append((stage, runs))
     return passages
 
 
@@ -993,7 +980,7 @@ class EvalConfig(Settings):
 
     lang: str = setting("en", "language of a bilingual benchmark", choices=("en", "zh"))
     split: str = setting("test", "of generated stories", choices=("train", "test", "shift"))
-    limit: int = setting(None, "problems; else 400 stories, or all of a file", low=1, kind=int)
+    limit: int = setting(None, "problems; else 400 stories, or all data", low=1, kind=int)
     samples: int = setting(1, "responses per problem; more also give the majority's answer", low=1)
     temperature: float = setting(0.0, "of sampling; 0 is greedy", low=0)
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, high=1)
@@ -1061,17 +1048,15 @@ def run(args: argparse.Namespace) -> dict:
         print(contamination_note(read_all(args.train, config.lang), problems))
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     model = load_model(args.model, args.device, getattr(torch, dtype))
-    more = {"label": "evaluating"}
-    if args.content:
-        more["content"] = load_content_model(args.content, args.device)
-    if args.instructions:
-        more["instructions"] = args.instructions.read_text("utf-8").strip()
-    if args.json:
-        more["journal"] = args.json.with_name(f"{args.json.name}.part")
+    content = load_content_model(args.content, args.device) if args.content else None
+    file = args.instructions
+    instructions = file.read_text("utf-8").strip() if file else INSTRUCTIONS
+    journal = args.json.with_name(f"{args.json.name}.part") if args.json else None
+    more = dict(content=content, instructions=instructions, journal=journal, label="evaluating")
     result = evaluate(model, Tokenizer(args.model), problems, **more, **vars(config))
     if args.json:
         write_json(args.json, result | {"model": str(args.model), "settings": vars(config)})
-        more["journal"].unlink()
+        journal.unlink()
     return result
 
 

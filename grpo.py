@@ -45,11 +45,11 @@ gradient A * grad logp.
 ratio would otherwise run the show. So nobody is paid for moving a token's probability by more than
 e = 20% away from where it was sampled. The minimum makes that a limit on gains and never on losses:
 
-                  ratio below 1 - e                        ratio above 1 + e
-        A > 0     unclipped: it should be likelier,        clipped, gradient 0: it is likelier already,
-                  so it is pulled back up                  going on would earn nothing
-        A < 0     clipped, gradient 0: it is rarer         unclipped: it should be rarer and became
-                  already                                  likelier, so it is pushed down, with full force
+                  ratio below 1 - e                     ratio above 1 + e
+        A > 0     unclipped: it should become           clipped, gradient 0: it is likelier
+                  likelier, so it is pulled back up     already, and more would earn nothing
+        A < 0     clipped, gradient 0: it is rarer      unclipped: it should become rarer and
+                  already                               is likelier, so it is pushed down in full
 
 Without the minimum, a mistake that has become likely (A < 0, ratio above 1 + e) would sit on the
 flat part of the clip and could never be corrected.
@@ -77,6 +77,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -87,10 +88,10 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -179,9 +180,10 @@ def grpo_loss(
         grpo       mean over the tokens of a completion, then mean over completions [P]
         dapo       mean over all tokens: long completions weigh more
         dr_grpo    sum over tokens / (completions * max_length): no bias towards any length
-    `normalizer` replaces the batch's own count when this is a micro-batch: the completions (grpo), the tokens (dapo), or
-    completions * max_length (dr_grpo) of the whole update. Padding may hold anything, NaN too. A completion without
-    tokens contributes 0. `ref_logprobs` may be None when beta is 0. ValueError: an argument is missing or unknown.
+    `normalizer` replaces the batch's own count when this is a micro-batch: the completions (grpo),
+    the tokens (dapo), or completions * max_length (dr_grpo) of the whole update. Padding may hold
+    anything, NaN too. A completion without tokens contributes 0. `ref_logprobs` may be None when
+    beta is 0. ValueError: an argument is missing or unknown.
     """
     if beta and ref_logprobs is None:
         raise ValueError(f"beta is {beta}: the KL term needs ref_logprobs")
@@ -246,12 +248,12 @@ class Training:
 
 
 @dataclass
-class Rollout:
-    """Prompts, the completions that the policy sampled for each, and their advantages."""
+class Group:
+    """A prompt, completions that the policy sampled for it, and their advantages."""
 
-    prompts: list[list[int]] = field(default_factory=list)
-    groups: list[list[Completion]] = field(default_factory=list)  # for each prompt
-    advantages: list[list[float]] = field(default_factory=list)  # of each completion
+    prompt: list[int]
+    completions: list[Completion]
+    advantages: list[float]
 
 
 def train_step(training: Training, run: Run, step: int) -> dict:
@@ -291,12 +293,13 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     for parameters in training.optimizer.param_groups:
         parameters["lr"] = lr
-    rollout = Rollout(prompts, groups, advantages.tolist())
+    rollout = list(map(Group, prompts, groups, advantages.tolist()))
     metrics = update(training.model, training.reference, training.optimizer, rollout, config)
     clock.lap("update")
 
     # 5. Log: rewards and their terms, the update, and where the time went.
-    return log_line(step, groups, rewards, tau, metrics | {"lr": lr}, clock.seconds)
+    metrics |= {"tau": tau, "lr": lr, "seconds": clock.seconds}
+    return log_line(step, groups, rewards, metrics)
 
 
 class Stopwatch:
@@ -346,42 +349,35 @@ def score(
     return rewards
 
 
-def log_line(
-    step: int,
-    groups: list[list[Completion]],
-    rewards: list[list[Reward]],
-    tau: float,
-    metrics: dict[str, float],
-    seconds: dict[str, float],
-) -> dict:
+def log_line(step: int, groups: list, rewards: list[list[Reward]], facts: dict) -> dict:
     """Collect a step's line for metrics.jsonl: means over all completions, in all processes.
 
-    What is not known (R_content without a content model, the KL without a reference) or not finite
-    is None.
+    groups and rewards hold P lists of G; `facts` go into the line as they are. What is not known
+    (R_content without a content model, the KL without a reference) or not finite is None.
     """
     completions = [completion for group in groups for completion in group]
+    parts = [reward.parts | {"reward": reward.total} for group in rewards for reward in group]
     totals = torch.tensor([[reward.total for reward in group] for group in rewards])  # (P, G)
-    parts = [reward.parts for group in rewards for reward in group]
-    sums = {
-        "completions": len(completions),
-        "reward": float(totals.sum()),
-        "flat_groups": len(groups[0]) * int(flat_groups(totals).sum()),
-        "length": sum(len(completion.tokens) for completion in completions),
-        "finished": sum(completion.finished for completion in completions),
-    }
-    for term, value in parts[0].items():
-        if value is not None:
-            sums[term] = sum(part[term] for part in parts)
-    sums = summed(sums)
+    sums = {term: sum(part[term] for part in parts) for term in known(parts[0])}
+    sums["flat_groups"] = len(groups[0]) * int(flat_groups(totals).sum())
+    sums["length"] = sum(len(completion.tokens) for completion in completions)
+    sums["finished"] = sum(completion.finished for completion in completions)
+    sums = summed(sums | {"completions": len(completions)})
     line = {"step": step, **dict.fromkeys(parts[0])}
     line |= {name: value / sums["completions"] for name, value in sums.items()}
-    line |= {"tau": tau, **metrics, "seconds": seconds}
-    line["tokens_per_second"] = sums["length"] / seconds["rollout"]
-    del line["completions"]
-    for name, value in line.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            line[name] = None
-    return line
+    line |= {"completions": sums["completions"], **facts}
+    line["tokens_per_second"] = sums["length"] / facts["seconds"]["rollout"]
+    return dict.fromkeys(line) | known(line)
+
+
+def known(values: dict) -> dict:
+    """Leave out what is None or not finite."""
+    kept = {}
+    for name, value in values.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and finite:
+            kept[name] = value
+    return kept
 
 
 # ----------------------------------------------------------------------------------- the update
@@ -391,7 +387,7 @@ def update(
     model: Transformer,
     reference: Transformer | None,
     optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
+    rollout: list[Group],
     config: GRPOConfig,
 ) -> dict[str, float]:
     """Go through the rollout in minibatches of whole groups, with one optimizer step each.
@@ -436,7 +432,7 @@ def weighted_mean(values: list[float], weights: list[float]) -> float:
 
 
 def accumulate(
-    model: Transformer, reference: Transformer | None, rollout: Rollout, config: GRPOConfig
+    model: Transformer, reference: Transformer | None, rollout: list[Group], config: GRPOConfig
 ) -> tuple[dict[str, float], float]:
     """Add up the gradients of one update's loss, a micro-batch at a time.
 
@@ -449,15 +445,16 @@ def accumulate(
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
     for batch in equally_many(micro_batches(rollout, config.token_budget)):
-        ids = [[completion.tokens for completion in group] for group in batch.groups]
-        logprobs, mask, entropies = logprobs_and_entropy(model, batch.prompts, ids)  # (b, T)
-        sampled = [completion.logprobs for group in batch.groups for completion in group]
+        prompts = [group.prompt for group in batch]
+        ids = [[completion.tokens for completion in group.completions] for group in batch]
+        logprobs, mask, entropies = logprobs_and_entropy(model, prompts, ids)  # (b, T)
+        sampled = [completion.logprobs for group in batch for completion in group.completions]
         old_logprobs, _ = pad(sampled, mask.device, torch.float32)
+        advantages = torch.tensor([a for group in batch for a in group.advantages])  # (b,)
         ref_logprobs = None
         if reference is not None:
             with torch.no_grad():
-                ref_logprobs, _ = completion_logprobs(reference, batch.prompts, ids)
-        advantages = torch.tensor([a for group in batch.advantages for a in group])
+                ref_logprobs, _ = completion_logprobs(reference, prompts, ids)
         loss, metrics = grpo_loss(
             logprobs,
             old_logprobs,
@@ -481,49 +478,43 @@ def accumulate(
     return summed(sums) | {"completions": completions}, maximum(drift)
 
 
-def count(rollout: Rollout) -> tuple[float, float]:
+def count(rollout: list[Group]) -> tuple[float, float]:
     """Count the completions and the tokens of an update, in all processes."""
-    lengths = [len(completion.tokens) for group in rollout.groups for completion in group]
+    lengths = [len(completion.tokens) for group in rollout for completion in group.completions]
     counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
     return counts["completions"], counts["tokens"]
 
 
-def minibatches(rollout: Rollout, number: int) -> Iterator[Rollout]:
-    """Deal the prompts of all processes out to `number` minibatches, in turn, with their groups."""
-    first = rank() * len(rollout.prompts)  # the place of this process's first prompt in the step
+def minibatches(rollout: list[Group], number: int) -> Iterator[list[Group]]:
+    """Deal the groups of all processes out to `number` minibatches, in turn."""
+    first = rank() * len(rollout)  # the place of this process's first group in the step
     for i in range(number):
-        places = [p for p in range(len(rollout.prompts)) if (first + p) % number == i]
-        yield Rollout(
-            [rollout.prompts[p] for p in places],
-            [rollout.groups[p] for p in places],
-            [rollout.advantages[p] for p in places],
-        )
+        yield [group for p, group in enumerate(rollout, first) if p % number == i]
 
 
-def micro_batches(rollout: Rollout, budget: int) -> Iterator[Rollout]:
+def micro_batches(rollout: list[Group], budget: int) -> Iterator[list[Group]]:
     """Cut a rollout into pieces of at most `budget` tokens, but at least one completion.
 
-    A prompt counts once in a piece, because it goes through the network once for all of its
-    completions there.
+    A group may be cut. Its prompt counts once in a piece, because it goes through the network once
+    for all of its completions there.
     """
-    piece, size = Rollout(), 0
-    for prompt, group, advantages in zip(rollout.prompts, rollout.groups, rollout.advantages):
-        missing = True  # the piece does not hold this prompt yet
-        for completion, advantage in zip(group, advantages):
-            needed = len(completion.tokens) + len(prompt) * missing
-            if piece.prompts and size + needed > budget:
+    piece: list[Group] = []
+    size = 0
+    for group in rollout:
+        part = None  # of this group, in the present piece
+        for completion, advantage in zip(group.completions, group.advantages):
+            needed = len(completion.tokens) if part else len(group.prompt + completion.tokens)
+            if piece and size + needed > budget:
                 yield piece
-                piece, size, missing = Rollout(), 0, True
-                needed = len(completion.tokens) + len(prompt)
-            if missing:
-                piece.prompts.append(prompt)
-                piece.groups.append([])
-                piece.advantages.append([])
-                missing = False
-            piece.groups[-1].append(completion)
-            piece.advantages[-1].append(advantage)
+                piece, size, part = [], 0, None
+                needed = len(group.prompt + completion.tokens)
+            if part is None:
+                part = Group(group.prompt, [], [])
+                piece.append(part)
+            part.completions.append(completion)
+            part.advantages.append(advantage)
             size += needed
-    if piece.prompts:
+    if piece:
         yield piece
 
 
@@ -607,13 +598,13 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     generated stories.
     """
     config = run.config
-    if not run.data:
-        problems = generate_problems(min(config.steps * config.prompts, 20_000), config.seed)
-    else:
+    if run.data:
         problems = read_all(run.data, run.lang)
-    for name in sorted({problem.source.partition("/")[0] for problem in problems}):
-        if name in DO_NOT_TRAIN:
-            tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
+    else:
+        problems = generate_problems(min(config.steps * config.prompts, 20_000), config.seed)
+    sources = {problem.source.partition("/")[0] for problem in problems}
+    for name in sorted(sources & DO_NOT_TRAIN.keys()):
+        tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
     if run.eval_data:
         held_out = read_all(run.eval_data, run.lang)
         tqdm.write(contamination_note(problems, held_out))
@@ -740,15 +731,12 @@ class Interrupt:
 
 def announce(run: Run, training: Training, first: int) -> None:
     """Say at the start what is trained on what."""
-    config = run.config
-    content = f"R_content from {run.content}"
-    if not run.content:
-        content = "R_content is off (no --content, or no weight); the other terms keep theirs"
-    parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
+    config, parameters = run.config, sum(p.numel() for p in training.model.parameters())
+    content = run.content or "off (no --content, or no weight); the other terms keep theirs"
     print_first(
-        f"{parameters:.2f}M parameters, {len(training.problems)} training problems, "
-        f"{config.prompts} x {config.group_size} completions a step, "
-        f"{config.steps - first} steps to go\n{content}"
+        f"{parameters / 1e6:.2f}M parameters, {len(training.problems)} training problems, "
+        f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps "
+        f"to go\nR_content: {content}"
     )
 
 
@@ -795,21 +783,20 @@ def report(run: Run, finished: int, checkpoint: Path | None) -> None:
             f"\nstopped after step {finished} of {run.config.steps}; checkpoint: {checkpoint}\n"
             f"go on with the same flags and: --out {run.out} --resume"
         )
-    if rank() or finished < run.config.steps:
-        return
-    before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
-    results = {}
-    for pair in zip(before.items(), after.items()):
-        results |= dict(pair)
-    if results:
-        print("\n" + table(results))
-    rewards = [line["reward"] for line in read_log(run.out / "metrics.jsonl")]
-    print(
-        f"\nsampled at temperature 1; mean reward {rewards[0]:.3f} in the first step, "
-        f"{rewards[-1]:.3f} in the last\nmodel: {checkpoint}\nlog, and every response before and "
-        f"after: {run.out}/metrics.jsonl, before.json, after.json\n"
-        f"next: python eval.py --model {checkpoint}"
-    )
+    elif rank() == 0:
+        before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
+        results = {}
+        for pair in zip(before.items(), after.items()):
+            results |= dict(pair)
+        if results:
+            print("\n" + table(results))
+        rewards = [line["reward"] for line in read_log(run.out / "metrics.jsonl")]
+        print(
+            f"\nmean reward, sampled at temperature 1: {rewards[0]:.3f} in the first step, "
+            f"{rewards[-1]:.3f} in the last\nmodel: {checkpoint}\n"
+            f"log, and every response before and after: {run.out}/metrics.jsonl, *.json\n"
+            f"next: python eval.py --model {checkpoint}"
+        )
 
 
 def print_first(text: str) -> None:
@@ -892,25 +879,18 @@ RESUMABLE = ("keep", "save_every", "eval_every", "max_skips")  # they do not cha
 
 def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict:
     """Return what must stay the same while a run is interrupted: settings, and what was read."""
-    settings = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
+    identity = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
     for name in RESUMABLE:
-        del settings[name]
-    identity = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
-    identity |= {"training problems": digest(repr(problems).encode())}
-    identity |= {"held-out problems": digest(repr(held_out).encode())}
+        del identity[name]
+    identity["training problems"] = hashlib.sha256(repr(problems).encode()).hexdigest()
+    identity["held-out problems"] = hashlib.sha256(repr(held_out).encode()).hexdigest()
     for folder in filter(None, (run.model, run.content)):
-        names = [file.name for file in weight_files(folder)]
-        for name in (*names, "config.json", *CARRIED):
-            if (folder / name).is_file():
-                identity[f"{folder.name}/{name}"] = digest((folder / name).open("rb"))
+        carried = [folder / name for name in ("config.json", *CARRIED)]
+        for file in filter(Path.is_file, (*weight_files(folder), *carried)):
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            identity[f"{folder.name}/{file.name}"] = digest
     return identity
-
-
-def digest(content: bytes | BinaryIO) -> str:
-    if isinstance(content, bytes):
-        return hashlib.sha256(content).hexdigest()
-    with content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
@@ -935,8 +915,7 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
         if before != value:
             changes.append(f"{name} was {before}, is {value}")
     if changes:
-        found = "; ".join(changes)
-        raise ValueError(f"cannot resume {checkpoint} with other settings or files: {found}")
+        raise ValueError(f"cannot resume {checkpoint}, not the same run: {'; '.join(changes)}")
     return checkpoint
 
 
@@ -1022,6 +1001,16 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def world_size() -> int:
+    """Return the number of processes that torchrun says there are going to be."""
+    return max(1, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def is_sharded(run: Run) -> bool:
+    """Say whether FSDP is at work: it serves one process, too, to compute in bfloat16."""
+    return "RANK" in os.environ or world_size() > 1 or run.dtype != "float32" or run.offload
+
+
 def join_processes(device: str) -> str:
     """Meet the other processes that torchrun has started, or nobody; return this process's device."""
     alone = {}
@@ -1061,7 +1050,7 @@ def maximum(value: float) -> float:
     return largest.item()
 
 
-def equally_many(batches: Iterator[Rollout]) -> Iterator[Rollout]:
+def equally_many(batches: Iterator[list[Group]]) -> Iterator[list[Group]]:
     """Yield this process's micro-batches, and then idle ones until every process has had as many.
 
     All must compute equally often, because each gathers weights from all. An idle batch is a
@@ -1071,7 +1060,7 @@ def equally_many(batches: Iterator[Rollout]) -> Iterator[Rollout]:
     most = int(maximum(len(batches)))
     yield from batches
     for _ in range(most - len(batches)):
-        yield Rollout([[0]], [[Completion([], [], False)]], [[0.0]])
+        yield [Group([0], [Completion([], [], False)], [0.0])]
 
 
 def shard(model: Transformer, run: Run) -> None:
@@ -1137,67 +1126,56 @@ def gather(tensors: dict[str, Tensor], name: str, shards: Tensor) -> None:
 MOMENTS = ("sampling", "loss", "backward begins", "backward ends")  # when memory may be at its peak
 
 
-def memory_plan(
-    model: ModelConfig,
-    config: GRPOConfig,
-    prompt_length: int,
-    workers: int = 1,
-    dtype: str = "float32",
-    sharded: bool = False,
-    cuda: bool = False,
-) -> dict[str, tuple[float, ...]]:
+def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, tuple[float, ...]]:
     """Estimate the bytes that each item takes in one process at each of MOMENTS [O].
 
-    `prompt_length` is the longest prompt's, completions are taken as long as they may be; `sharded`
-    as in load_policies. Libraries, the content model, and what an allocator loses between tensors
-    come on top.
+    `prompt_length` is the longest prompt's, and completions are taken as long as they may be.
+    Libraries, the content model, and what an allocator loses between tensors come on top.
     """
-    number = 2 if dtype == "bfloat16" else 4  # bytes, in the computation
+    config, workers, sharded = run.config, world_size(), is_sharded(run)
+    device, number = torch.device(run.device), 2 if run.dtype == "bfloat16" else 4  # bytes
     total, block, outside = count_parameters(model)
     d, kv = model.hidden_size, model.num_kv_heads * model.head_dim
+    head = d * model.vocab_size
     G, T = config.group_size, config.max_new_tokens
     prompts = config.prompts // workers
     group = prompt_length + G * T  # tokens
 
-    # Sampling: the caches of one wave, logits and what is made of them, a full copy of the weights.
-    wave = SAMPLING_BUDGET // (group + G * logits_in_tokens(model))  # prompts at a time
-    wave = max(1, min(prompts, wave))
+    # Sampling: the caches of one wave, its logits, a piece of the prefill, a copy of the weights.
+    wave = SAMPLING_BUDGET // (group + G * logits_in_tokens(model))
+    wave = max(1, min(prompts, wave))  # prompts at a time
     cache = 2 * model.num_layers * kv * number * wave * group
     sampling_logits = 3 * 4 * wave * G * model.vocab_size
-    prefill = prefill_tokens(torch.device("cuda" if cuda else "cpu"))
-    prefill = number * min(prefill, wave * prompt_length)
+    prefill = number * min(prefill_tokens(device), wave * prompt_length)
     prefill *= 2 * model.intermediate_size + 6 * d
     copy = 0
-    if sharded and (cuda or workers > 1 or number == 2):
+    if sharded and (device.type == "cuda" or workers > 1 or number == 2):
         copy = number * total
-    reordered = 4 * (block * model.num_layers + d * model.vocab_size)
-    if not cuda and number == 4 and reordered <= REORDER_LIMIT:
+    reordered = 4 * (block * model.num_layers + head)
+    if device.type == "cpu" and number == 4 and reordered <= REORDER_LIMIT:
         copy += reordered
 
     # Training: one micro-batch, and the gradients of those before it.
     tokens = math.ceil(prompts / config.minibatches) * group
-    several = tokens > config.token_budget
+    before = 4 * total / workers if tokens > config.token_budget else 0
     tokens = min(tokens, max(config.token_budget, prompt_length + T))
-    kept, at_work, inside = activations(model, config, tokens, prompt_length, number)
+    kept, at_work, at_loss = activations(model, config, tokens, prompt_length, number)
     chunk = min(ChunkedLogProbs.SIZE, tokens * G * T // group * model.vocab_size)
     logits = 8 * chunk + (number * chunk if number < 4 else 0)
-    gradients = 4 * total / workers
-    before = gradients if several else 0
-    head = 4 * d * model.vocab_size
     gathered, returning = 0, 0
     if sharded:  # one block computes while the next one arrives
         gathered = number * (outside + 2 * block) * (2 if config.beta else 1)
-        returning = 4 * (outside + block)
+        returning = gathered + 4 * (outside + block)
     reference = number * total / workers if config.beta else 0
     return {
         "weights (fp32)": (4 * total / workers,) * 4,
         "AdamW's states (fp32)": (8 * total / workers,) * 4,
-        "gradients (fp32)": (0, before + head, max(before, head), gradients),
+        "gradients (fp32)": (0, before + 4 * head, max(before, 4 * head), 4 * total / workers),
         "reference policy": (reference,) * 4,
         "weights to sample with": (copy, 0, 0, 0),
         "KV cache": (cache, 0, 0, 0),
-        "weights and gradients gathered": (0, gathered, gathered + returning, gathered + returning),
-        "activations": (prefill, inside, kept + at_work, at_work),
+        "weights and gradients gathered": (0, gathered, returning, returning),
+        "activations": (prefill, at_loss, kept + at_work, at_work),
         "logits": (sampling_logits, logits, 0, 0),
     }
 
@@ -1214,12 +1192,12 @@ def count_parameters(model: ModelConfig) -> tuple[int, int, int]:
 def activations(
     model: ModelConfig, config: GRPOConfig, tokens: int, prompt_length: int, number: int
 ) -> tuple[float, float, float]:
-    """Return bytes of activations: kept for the way back, of a block on its way back, and when the
-    loss is computed.
+    """Return the bytes of activations that are kept for the way back, that a block takes on its way
+    back, and that are there when the loss is computed.
     """
     d, ffn = model.hidden_size, model.intermediate_size
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = 2 * kv + prompt_length + config.max_new_tokens  # keys and values put together; mask
+    attention = 2 * kv + prompt_length + config.max_new_tokens  # keys and values together; mask
     norms = 4 * (4 * d + 2 * q)  # in fp32
     in_block = tokens * (number * (4 * ffn + 3 * d + 2 * q + 2 * kv + attention) + norms)
     at_work = in_block + tokens * number * 3 * ffn
@@ -1231,74 +1209,50 @@ def activations(
 
 
 def print_plan(run: Run, memory: float) -> None:
-    """Print the plan for one process, and whether it fits into `memory` bytes; no weights are read."""
-    config, workers = run.config, world_size()
+    """Print the plan for one process, and whether it fits into so many bytes; reads no weights."""
+    config, tokenizer = run.config, Tokenizer(run.model)
     problems, held_out = load_problems(run)
-    tokenizer = Tokenizer(run.model)
-    for held in held_out.values():
-        problems = problems + held
-    longest = max(len(tokenizer.chat(build_messages(problem))) for problem in problems)
-    sharded = workers > 1 or run.dtype != "float32" or run.offload
-    plan = memory_plan(
-        read_config(run.model),
-        config,
-        longest,
-        workers=workers,
-        dtype=run.dtype,
-        sharded=sharded,
-        cuda=run.device.startswith("cuda"),
-    )
-    hosted = []
-    if run.offload:
-        hosted = [name for name in plan if name.endswith("(fp32)") or name == "reference policy"]
-    on_device = column_sums(sizes for name, sizes in plan.items() if name not in hosted)
-    peak = max(on_device)
+    lengths = [
+        len(tokenizer.chat(build_messages(problem)))
+        for problem in itertools.chain(problems, *held_out.values())
+    ]
+    plan = memory_plan(read_config(run.model), run, max(lengths))
+    hosted = ("weights (fp32)", "AdamW's states (fp32)", "gradients (fp32)", "reference policy")
+    hosted = hosted if run.offload else ()
+    on_device = [sizes for name, sizes in plan.items() if name not in hosted]
+    plan["together, on the device"] = tuple(map(sum, zip(*on_device)))
+    peak = max(plan["together, on the device"])
     unit, label = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
-    print(
-        f"{run.model}: {config.prompts} prompts of at most {longest} tokens x {config.group_size} "
-        f"completions of {config.max_new_tokens}; processes: {workers}; {run.dtype}; activation "
-        f"checkpointing: {config.recompute}. {label} in each process:\n"
-    )
-    rows = [["", *MOMENTS, "where"]]
+    rows = [[label, *MOMENTS, "where"]]
     for name, sizes in plan.items():
-        if any(sizes):
-            place = "host" if name in hosted else "device"
-            rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
-    rows.append(["together, on the device", *(f"{size / unit:.1f}" for size in on_device), ""])
-    print(aligned(rows))
+        place = "host" if name in hosted else "device"
+        rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
     verdict = "fits into" if peak <= 0.95 * memory else "does NOT fit into"
-    print(f"\npeak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare")
+    print(
+        f"{run.model} in each of {world_size()} processes: {config.prompts} prompts of at most "
+        f"{max(lengths)} tokens x {config.group_size} completions of {config.max_new_tokens}; "
+        f"{run.dtype}, activation checkpointing: {config.recompute}\n\n{aligned(rows)}\n\n"
+        f"peak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare"
+    )
     if hosted:
-        on_host = max(column_sums(plan[name] for name in hosted))
+        on_host = max(map(sum, zip(*(plan[name] for name in hosted))))
         print(f"on the host {on_host / unit:.1f} {label} in each process")
-    if sharded:
-        weights = plan["weights (fp32)"][0] * workers / unit
-        reference = plan["reference policy"][0] * workers / unit
-        print(
-            f"for a moment, on the host: {weights + reference:.1f} {label} in each process while "
-            f"loading, {3 * weights:.1f} in the first while saving"
-        )
-
-
-def column_sums(rows: Iterator[tuple[float, ...]]) -> list[float]:
-    return [sum(column) for column in zip(*rows)]
+    if is_sharded(run):
+        weights = world_size() * plan["weights (fp32)"][0] / unit
+        print(f"for a moment, on the host: {weights:.1f} {label} in each process while loading,")
+        print(f"and {3 * weights:.1f} in the first one while saving")
 
 
 def memory_of(device: str) -> float:
     """Return the bytes that this machine has for a device."""
-    if device.startswith("cuda") and torch.cuda.is_available():
-        return torch.cuda.mem_get_info(device)[1]
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--plan: there is no cuda here; say the card's GiB, as in --plan 80")
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---------------------------------------------------------------------------------- command line
-
-
-def world_size() -> int:
-    """Return the number of processes that torchrun is going to use."""
-    return max(1, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -1376,7 +1330,7 @@ def main() -> None:
         print_plan(run, args.plan * 2**30 or memory_of(run.device))
         return
     check_device(run.device)
-    if "RANK" in os.environ or run.dtype != "float32" or run.offload:
+    if is_sharded(run):
         # All processes must use the same folder, although their clocks may differ by a second.
         run = replace(run, device=join_processes(run.device), out=agreed(run.out))
     settings = {**asdict(run.config), **asdict(run.reward_config)}

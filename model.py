@@ -389,12 +389,17 @@ class Decoding:
             self.prompt_values[layer][rows, :, columns] = values[0, :, sources].transpose(0, 1)
 
     def _place(self, prompt: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
-        """Put each row into a slot (rows,) of its prompt (rows,); an empty slot repeats what the
-        first row computes.
+        """Put each row into a slot (rows,) of its prompt (rows,).
+
+        `queries_of` (P, K, G) says whose queries are computed where: the number of row and kv head.
+        An empty slot repeats those of the first row.
         """
-        self.prompt, self.slot = prompt, slot
-        self.row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
-        self.row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
+        self.prompt, self.slot, self.grid = prompt, slot, grid
+        row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
+        row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
+        K = self.keys[0].shape[1]
+        heads = torch.arange(K, device=prompt.device)[:, None]
+        self.queries_of = row_of_slot[:, None, :] * K + heads
 
     @property
     def positions(self) -> Tensor:
@@ -404,14 +409,13 @@ class Decoding:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (rows, heads, 1, D), k and v (rows, K, 1, D) -> (rows, heads, 1, D)."""
         rows, K, _, D = k.shape
-        (P, G), L = self.row_of_slot.shape, self.bias.shape[-1]
+        (P, G), L = self.grid, self.bias.shape[-1]
         keys = self.keys[layer][:, :, :, : self.length + 1]  # (P, K, G, t, D)
         values = self.values[layer][:, :, :, : self.length + 1]
         keys[self.prompt, :, self.slot, -1] = k[:, :, 0]
         values[self.prompt, :, self.slot, -1] = v[:, :, 0]
 
-        q = q.view(rows, K, -1, D)[self.row_of_slot]  # (P, G, K, n, D)
-        q = q.transpose(1, 2).contiguous() * D**-0.5  # (P, K, G, n, D)
+        q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
         to_prompt = q.view(P, K, -1, D) @ self.prompt_keys[layer].mT + self.bias  # (P, K, G * n, L)
         to_written = q @ keys.mT  # (P, K, G, n, t)
         scores = torch.cat((to_prompt.view(P, K, G, -1, L), to_written), dim=-1)
@@ -427,7 +431,7 @@ class Decoding:
         prompt, slot = self.prompt[rows], self.slot[rows]
         prompts, line, counts = prompt.unique(return_inverse=True, return_counts=True)
         grid = (len(prompts), int(counts.max()))
-        if grid == self.row_of_slot.shape:
+        if grid == self.grid:
             self._place(prompt, slot, grid)
             return
         first_of_line = counts.cumsum(0) - counts

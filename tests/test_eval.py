@@ -13,7 +13,7 @@ from eval import (
     read_files, read_result, report_page, spread_problems, summarise, table, table_rows,
 )  # fmt: skip
 from model import Tokenizer, generate, generate_stream, load_model
-from rewards import load_content_model
+from rewards import RewardConfig, load_content_model
 from socialr1 import TINY, TINY_CONTENT, Problem, build_messages, generate_problems
 
 
@@ -493,7 +493,7 @@ def test_bootstrap_draws_whole_stories():
     # were ten questions. Drawing questions instead would give .05.
     stories = [str(i) for i in range(10) for _ in range(10)]
     values = [float(i < 5) for i in range(10) for _ in range(10)]
-    drawn = estimate(stories, values)
+    drawn = estimate(stories, values, [1] * 100)
     means = drawn[1:]
     assert drawn[0] == 0.5
     assert means.std() == pytest.approx(
@@ -504,7 +504,7 @@ def test_bootstrap_draws_whole_stories():
         pytest.approx(0.2, abs=0.01),
         pytest.approx(0.8, abs=0.01),
     )  # quantiles of Binomial(10, 1/2) / 10
-    assert interval(estimate(["a", "a"], [1.0, 0.0])) == [
+    assert interval(estimate(["a", "a"], [1.0, 0.0], [1, 1])) == [
         0.5,
         0.5,
     ]  # one story: nothing to draw from
@@ -742,8 +742,39 @@ def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
     first = entries[0]
     for line in ("no journal", "5", "[]", '[[["evil"]]]', '["name", [["text", "length"]]]'):
         journal.write_text(f"{first}{line}\n")
-        with pytest.raises(ValueError, match="not the journal of an evaluation"):
+        with pytest.raises(ValueError, match="not an evaluation's journal"):
             evaluate(*tiny, problems, **settings, journal=journal)
+
+
+def test_a_result_carries_the_settings_of_its_rewards(tiny, tmp_path):
+    problems = generate_problems(2, 0, "test")
+    reward_config = RewardConfig(w_out=3.0, without="len,struct")
+    result = evaluate(*tiny, problems, max_new_tokens=100, reward_config=reward_config)
+    again = read_result(write(tmp_path, "a.json", json.dumps(result)))
+    right, wrong = sorted(result["responses"], key=lambda record: record["correct"], reverse=True)
+    assert (right["correct"], wrong["correct"]) == (True, False)  # the control and the hard story
+    assert (right["reward"], wrong["reward"]) == (3.0, 0.0) and right["terms"]["fmt"] == 1.0
+    assert [r["reward"] for r in again["responses"]] == [r["reward"] for r in result["responses"]]
+    assert again["reward"] == result["reward"] == 1.5
+    page = report_page({"a": again}, [])
+    assert "<span>R 3.00</span><span>fmt 1.00</span>" in page
+
+
+def test_other_instructions_are_asked_with(tiny):
+    asked = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return getattr(tiny[1], name)
+
+        def chat(self, messages, thinking=True):
+            asked.append(messages[0]["content"])
+            return tiny[1].chat(messages, thinking)
+
+    evaluate(
+        tiny[0], Recorder(), generate_problems(1, 0), max_new_tokens=2, instructions="Be brief."
+    )
+    assert asked == ["Be brief."]
 
 
 def test_the_page_is_text_and_nothing_else(tmp_path):

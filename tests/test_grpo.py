@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import grpo
-from grpo import GRPOConfig, Rollout, Run, checkpoints, load_problems
+from grpo import GRPOConfig, Group, Run, checkpoints, load_problems
 from grpo import log_line, micro_batches, minibatches, problems_of_step, train, update
 from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
@@ -94,60 +94,48 @@ def test_files_give_up_whole_stories_for_evaluation(tmp_path, capsys):
 
 
 def test_micro_batches_hold_every_completion_once_and_keep_the_budget():
-    groups = [[Completion([1] * n, [0.0] * n, True) for n in (5, 20, 5)] for _ in range(2)]
-    rollout = Rollout([[0] * 10, [0] * 30], groups, [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
-    # 10 + 5 + 20 + 5 = 40 fit into 50, and then 30 + 5, 30 + 20, 30 + 5
-    pieces = [
-        (len(piece.prompts), piece.groups, piece.advantages) for piece in micro_batches(rollout, 50)
+    a, b, c = (Completion([1] * n, [0.0] * n, True) for n in (5, 20, 5))
+    rollout = [
+        Group([0] * 10, [a, b, c], [0.1, 0.2, 0.3]),
+        Group([0] * 30, [a, b, c], [0.4, 0.5, 0.6]),
     ]
-    (a, b, c) = groups[1]
-    assert pieces == [
-        (1, [groups[0]], [[0.1, 0.2, 0.3]]),
-        (1, [[a]], [[0.4]]),
-        (1, [[b]], [[0.5]]),
-        (1, [[c]], [[0.6]]),
+    # 10 + 5 + 20 + 5 = 40 fit into 50, and then 30 + 5, 30 + 20, 30 + 5
+    assert list(micro_batches(rollout, 50)) == [
+        [rollout[0]],
+        [Group([0] * 30, [a], [0.4])],
+        [Group([0] * 30, [b], [0.5])],
+        [Group([0] * 30, [c], [0.6])],
     ]
     assert list(micro_batches(rollout, 10**6)) == [rollout]
-    assert [len(piece.groups[0]) for piece in micro_batches(rollout, 1)] == [1] * 6
+    assert [len(piece[0].completions) for piece in micro_batches(rollout, 1)] == [1] * 6
 
 
-def test_minibatches_deal_the_prompts_out_in_turn():
-    rollout = Rollout([[1], [2], [3]], [["a"], ["b"], ["c"]], [[0.1], [0.2], [0.3]])
-    assert list(minibatches(rollout, 2)) == [
-        Rollout([[1], [3]], [["a"], ["c"]], [[0.1], [0.3]]),
-        Rollout([[2]], [["b"]], [[0.2]]),
-    ]
+def test_minibatches_deal_the_groups_out_in_turn():
+    assert list(minibatches(["a", "b", "c"], 2)) == [["a", "c"], ["b"]]
 
 
 def test_the_log_line_is_a_mean_over_completions():
     groups = [
         [Completion([1, 2], [0.0, 0.0], True), Completion([3], [0.0], False)] for _ in range(2)
     ]
-    parts = dict(fmt=1.0, out=1.0, struct=0.5, content=None, len=1.0, new=0.25)
+    parts = dict(fmt=1.0, out=1.0, struct=0.5, content=None, len=1.0, new=0.25, tau=0.2)
     rewards = [
-        [Reward(1.0, parts | {"tau": 0.2}), Reward(2.0, parts | {"out": 0.0, "tau": 0.2})]
-    ] * 2
-    rewards[1] = [Reward(1.5, parts | {"tau": 0.2}), Reward(1.5004, parts | {"tau": 0.2})]
-    metrics = {"loss": float("nan"), "kl": None, "skipped": 0}
-    line = log_line(7, groups, rewards, 0.2, metrics, {"rollout": 0.5})
-    assert line.pop("reward") == pytest.approx(6.0004 / 4)
-    assert line == {
-        "step": 7,
-        "fmt": 1.0,
-        "out": 0.75,
-        "struct": 0.5,
-        "content": None,
-        "len": 1.0,
-        "new": 0.25,
-        "tau": pytest.approx(0.2),
-        "flat_groups": 0.5,
-        "length": 1.5,
-        "finished": 0.5,
-        "loss": None,
+        [Reward(1.0, parts), Reward(2.0, parts | {"out": 0.0})],
+        [Reward(1.5, parts), Reward(1.5004, parts)],  # as good as equal: flat
+    ]
+    facts = {
+        "tau": 0.2,
+        "loss": float("nan"),
         "kl": None,
         "skipped": 0,
         "seconds": {"rollout": 0.5},
-        "tokens_per_second": 6 / 0.5,
+    }
+    line = log_line(7, groups, rewards, facts)
+    assert line.pop("reward") == pytest.approx(6.0004 / 4)
+    assert line == {
+        **dict(step=7, fmt=1.0, out=0.75, struct=0.5, content=None, len=1.0, new=0.25, tau=0.2),
+        **dict(flat_groups=0.5, length=1.5, finished=0.5, completions=4, loss=None, kl=None),
+        **dict(skipped=0, seconds={"rollout": 0.5}, tokens_per_second=6 / 0.5),
     }
 
 
@@ -160,7 +148,7 @@ def test_micro_batched_updates_are_those_of_the_full_batch(reduction):
         prompts = [tokenizer.chat(build_messages(p)) for p in problems]
         groups = generate(model, prompts, 3, 24, stop_ids=tokenizer.stop_ids)
         advantages = torch.tensor([[1.0, -1.0, 0.5]]).repeat(4, 1)
-        rollout = Rollout(prompts, groups, advantages.tolist())
+        rollout = list(map(Group, prompts, groups, advantages.tolist()))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         config = replace(CONFIG, reduction=reduction, token_budget=budget, max_grad_norm=1e9)
         metrics = update(model, reference, optimizer, rollout, config)
@@ -264,7 +252,18 @@ def test_the_command_line(tmp_path, command):
     data, bench = tmp_path / "mine.jsonl", tmp_path / "bench.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
     bench.write_text("\n".join(json.dumps({"STORY": "s", "故事": "s", "QUESTION": "q", "问题": "q", "OPTION-A": "a", "OPTION-B": "b", "选项A": "a", "选项B": "b", "答案\nANSWER": "A"}) for _ in range(12)))  # fmt: skip
-    small = ["--steps", "1", "--prompts", "2", "--group-size", "2", "--max-new-tokens", "8", "--min-length", "4"]
+    small = [
+        "--steps",
+        "1",
+        "--prompts",
+        "2",
+        "--group-size",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--min-length",
+        "4",
+    ]
     code, out, err = command(
         grpo.main, "--data", str(data), str(bench), "--out", str(tmp_path / "run"), *small
     )

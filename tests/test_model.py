@@ -149,11 +149,17 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(model_type="qwen3_moe"), "model_type = 'qwen3_moe', not supported; expected 'qwen3', 'llama'"),
+        (
+            dict(model_type="qwen3_moe"),
+            "model_type = 'qwen3_moe', not supported; expected 'qwen3', 'llama'",
+        ),
         (dict(model_type=None), "model_type = None, not supported"),
         (dict(model_type=["qwen3"]), "not supported"),
         (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
-        (dict(layer_types="sliding_attention"), "layer_types = .*'sliding_attention'.*, not supported"),
+        (
+            dict(layer_types="sliding_attention"),
+            "layer_types = .*'sliding_attention'.*, not supported",
+        ),
         (
             dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
             "expected one object for all layers",
@@ -178,8 +184,14 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(hidden_act=None), "hidden_act = None, not supported"),
         (dict(is_causal=False), "is_causal = False, not supported"),
-        (dict(num_hidden_layers=200_000), "num_hidden_layers = 200000; expected a whole number, 1 to 1024"),
-        (dict(vocab_size=2**31 - 1, hidden_size=2**31 - 2), "vocab_size = 2147483647; expected a whole number, 1 to 16777216"),
+        (
+            dict(num_hidden_layers=200_000),
+            "num_hidden_layers = 200000; expected a whole number, 1 to 1024",
+        ),
+        (
+            dict(vocab_size=2**31 - 1, hidden_size=2**31 - 2),
+            "vocab_size = 2147483647; expected a whole number, 1 to 16777216",
+        ),
         (dict(num_experts=8), "num_experts = 8"),
         (dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
@@ -535,7 +547,9 @@ def test_a_completion_is_read_with_its_special_tokens_and_the_tag_that_its_promp
     opened, plain = (tokenizer.chat([{"role": "user", "content": "?"}], on) for on in (True, False))
     pad, end, turn = (tokenizer.backend.token_to_id(t) for t in ("<pad>", "</s>", "<|im_end|>"))
     x = tokenizer.encode("x")
-    assert tokenizer.completion_text(opened, [*x, end]) == "<think>x"  # the prompt ends with <think>\n
+    assert (
+        tokenizer.completion_text(opened, [*x, end]) == "<think>x"
+    )  # the prompt ends with <think>\n
     assert tokenizer.completion_text(plain, [*x, turn]) == "x"
     assert tokenizer.completion_text(plain, [pad, *x, turn, *x]) == "<pad>x<|im_end|>x"
     assert tokenizer.completion_text(plain, [end, end]) == "</s>"  # only the closing one goes

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import grpo
-from grpo import GRPOConfig, Rollout, Run, checkpoints, grpo_loss, memory_plan, newest_checkpoint
+from grpo import GRPOConfig, Group, Run, checkpoints, grpo_loss, memory_plan, newest_checkpoint
 from grpo import train, update
 from model import ChunkedLogProbs, Completion, Diverged, Transformer, generate
 from model import logprobs_and_entropy, parse_config
@@ -162,7 +162,7 @@ def test_the_memory_plan_foretells_the_peaks(request, recompute, budget, dtype):
     sampling = memory_peak(
         lambda: found.append(generate(grpo.full_copy(model, "cpu", dtype), prompts, 4, 60))
     )
-    rollout = Rollout(prompts, found[0], torch.randn(4, 4).tolist())
+    rollout = list(map(Group, prompts, found[0], torch.randn(4, 4).tolist()))
     update(model, reference, optimizer, rollout, config)  # AdamW's states come into being
     updating = memory_peak(lambda: update(model, reference, optimizer, rollout, config))
     held = [
@@ -171,11 +171,12 @@ def test_the_memory_plan_foretells_the_peaks(request, recompute, budget, dtype):
         *(x for states in optimizer.state.values() for x in states.values()),
     ]
     held = sum(x.to_local().nbytes if isinstance(x, DTensor) else x.nbytes for x in held)
-    plan = memory_plan(model.config, config, 100, dtype=dtype, sharded=dtype == "bfloat16")
+    run = replace(run_in(Path()), config=config, dtype=dtype)
+    plan = memory_plan(model.config, run, 100)
     moments = [sum(sizes[i] for sizes in plan.values()) for i in range(4)]
     assert moments[0] == pytest.approx(held + sampling, rel=0.15)
     assert max(moments[1:]) == pytest.approx(held + updating, rel=0.15)
-    without = memory_plan(model.config, replace(config, beta=0.0), 100)
+    without = memory_plan(model.config, replace(run, config=replace(config, beta=0.0)), 100)
     assert not any(without["reference policy"]) and any(plan["reference policy"])
 
 
@@ -560,7 +561,7 @@ def test_metrics_are_means_over_all_minibatches_and_micro_batches():
         [Completion(random_ids(rng, n), [-8.2] * n, True) for n in lengths]
         for lengths in ((5, 9), (2, 7), (4, 4), (8, 1))
     ]
-    rollout = Rollout([random_ids(rng, 9) for _ in groups], groups, [[1.0, -1.0]] * 4)
+    rollout = [Group(random_ids(rng, 9), group, [1.0, -1.0]) for group in groups]
     for minibatches, budget in ((1, 10_000), (4, 10_000), (1, 20)):
         model = random_model(num_hidden_layers=1, tie_word_embeddings=False)
         optimizer = torch.optim.SGD(
@@ -579,11 +580,8 @@ def test_metrics_are_means_over_all_minibatches_and_micro_batches():
 def test_other_processes_may_have_more_micro_batches(monkeypatch):
     """Then this one computes along, for nothing: its gradients stay what they are."""
     rng, results = random.Random(0), []
-    rollout = Rollout(
-        [random_ids(rng, 9)],
-        [[Completion(random_ids(rng, 5), [-8.0] * 5, True) for _ in range(3)]],
-        [[1.0, -1.0, 0.0]],
-    )
+    completions = [Completion(random_ids(rng, 5), [-8.0] * 5, True) for _ in range(3)]
+    rollout = [Group(random_ids(rng, 9), completions, [1.0, -1.0, 0.0])]
     for more in (0, 2):
         model = random_model(num_hidden_layers=1)
         calls = []
