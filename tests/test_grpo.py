@@ -268,7 +268,7 @@ def test_the_command_line(tmp_path, command):
         grpo.main, "--data", str(data), str(bench), "--out", str(tmp_path / "run"), *small
     )
     assert code == 0, err
-    assert "12 problems (problems)" in err + out and f"R_content from {TINY_CONTENT}" in err + out
+    assert "12 problems (problems)" in err + out and f"R_content: {TINY_CONTENT}" in err + out
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["tau"] == 1.0 and 0 <= line["content"] <= 1 and line["seconds"]["content"] > 0
     assert "WARNING: ToMBench asks in so many words that its items never be trained on" in err + out
