@@ -73,7 +73,7 @@ from tqdm import tqdm
 from model import ModelConfig, Tokenizer, Transformer
 from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
-from rewards import load_content_model, option_mentions, repetitions, stage_order, total_reward
+from rewards import WORD, load_content_model, option_mentions, stage_order, total_reward, words
 from socialr1 import INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
 from socialr1 import build_messages, exit_on_error, generate_problems, parse_response, read_rows
 from socialr1 import setting, stage_spans, write_json, write_text
@@ -149,11 +149,14 @@ def check_lengths(
     """
     prompts = [tokenizer.chat(build_messages(p, instructions), thinking) for p in problems]
     for problem, prompt in zip(problems, prompts):
-        if len(prompt) + max_new_tokens > config.max_positions:
+        context = config.max_position_embeddings
+        if len(prompt) + max_new_tokens > context:
             size = (
                 f"problem {problem.id!r}: {len(prompt)} + --max-new-tokens {max_new_tokens} tokens"
             )
-            raise ValueError(f"{size} exceed the context, {config.max_positions}; lower the flag")
+            raise ValueError(
+                f"{size} exceed the context, {config.max_position_embeddings}; lower the flag"
+            )
     return prompts
 
 
@@ -969,6 +972,17 @@ def mark_passages(record: dict) -> list[tuple[str, list[tuple[str, str]]]]:
             runs.append((mark, "".join(think[i] for i in places)))
         passages.append((stage, runs))
     return passages
+
+
+def repetitions(text: str) -> list[tuple[int, int]]:
+    """Find the 4-grams of words that occurred before -> spans (start, end)."""
+    run, matches = words(text), list(WORD.finditer(text))
+    seen, repeated = set(), []
+    for i, gram in enumerate(zip(run, run[1:], run[2:], run[3:])):
+        if gram in seen:
+            repeated.append((matches[i].start(), matches[i + 3].end()))
+        seen.add(gram)
+    return repeated
 
 
 # -------------------------------------------------------------------------- settings, command line

@@ -809,6 +809,7 @@ def print_first(text: str) -> None:
 
 
 REDUCTIONS = ("grpo", "dapo", "dr_grpo")
+DTYPES = ("float32", "bfloat16")  # weights, gradients and AdamW's states are float32 always
 
 
 @dataclass(frozen=True)
@@ -852,20 +853,20 @@ TINY_PRESET = (GRPOConfig(**tiny), RewardConfig(min_length=16, max_length=160))
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Settings):
     """What a run was asked to do: from where, to where, and with which settings."""
 
-    model: Path
-    out: Path
-    config: GRPOConfig
-    reward_config: RewardConfig
-    data: tuple[Path, ...] = ()  # training problems; without it they are generated
-    eval_data: tuple[Path, ...] = ()
-    lang: str = "en"
-    content: Path | None = None  # the content model
-    device: str = "cpu"
-    dtype: str = "float32"  # of the computation; weights, gradients and AdamW's states are float32
-    offload: bool = False  # keep those in the host's memory
+    config: GRPOConfig = PAPER[0]
+    reward_config: RewardConfig = PAPER[1]
+    model: Path = setting(TINY, "checkpoint folder of Hugging Face's, Qwen3 or Llama", kind=Path)
+    data: list = setting((), "training problems; else generated stories", kind=Path, nargs="+")
+    eval_data: list = setting((), "held-out problems; else some of --data", kind=Path, nargs="+")
+    lang: str = setting("en", "language of bilingual files", choices=("en", "zh"))
+    content: Path = setting(None, "content model (assets/content | none)", kind=Path)
+    out: Path = setting(None, "folder for checkpoints and log (runs/DATE-TIME)", kind=Path)
+    device: str = setting("cpu", "with --model: cuda, where there is one")
+    dtype: str = setting("float32", "of the computation; on cuda: bfloat16", choices=DTYPES)
+    offload: bool = setting(False, "weights, gradients, AdamW's states on the host (cuda)")
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -920,7 +921,8 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """List the checkpoints in a run's folder, oldest first; other folders with such names are none."""
+    """List the checkpoints in a run's folder, oldest first; other folders with such names are none.
+    """
     folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
     folders = [path for path in folders if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
@@ -1012,7 +1014,8 @@ def is_sharded(run: Run) -> bool:
 
 
 def join_processes(device: str) -> str:
-    """Meet the other processes that torchrun has started, or nobody; return this process's device."""
+    """Meet the other processes that torchrun has started, or nobody; return this process's device.
+    """
     alone = {}
     if "RANK" not in os.environ:
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -1107,14 +1110,16 @@ def full_copy(model: Transformer, device: str, dtype: str) -> Transformer:
 
 
 def agreed(path: Path) -> Path:
-    """Return the first process's path: clocks may differ by a second, and the name holds the time."""
+    """Return the first process's path: clocks may differ by a second, and the name holds the time.
+    """
     paths = [str(path)]
     dist.broadcast_object_list(paths, src=0)
     return Path(paths[0])
 
 
 def gather(tensors: dict[str, Tensor], name: str, shards: Tensor) -> None:
-    """Put a full tensor into the first process's dict, on the host; every process must call this."""
+    """Put a full tensor into the first process's dict, on the host; every process must call this.
+    """
     tensor = full_tensor(shards)
     if rank() == 0:
         tensors[name] = tensor.cpu().contiguous()
@@ -1135,7 +1140,7 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     config, workers, sharded = run.config, world_size(), is_sharded(run)
     device, number = torch.device(run.device), 2 if run.dtype == "bfloat16" else 4  # bytes
     total, block, outside = count_parameters(model)
-    d, kv = model.hidden_size, model.num_kv_heads * model.head_dim
+    d, kv = model.hidden_size, model.num_key_value_heads * model.head_dim
     head = d * model.vocab_size
     G, T = config.group_size, config.max_new_tokens
     prompts = config.prompts // workers
@@ -1144,14 +1149,14 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     # Sampling: the caches of one wave, its logits, a piece of the prefill, a copy of the weights.
     wave = SAMPLING_BUDGET // (group + G * logits_in_tokens(model))
     wave = max(1, min(prompts, wave))  # prompts at a time
-    cache = 2 * model.num_layers * kv * number * wave * group
+    cache = 2 * model.num_hidden_layers * kv * number * wave * group
     sampling_logits = 3 * 4 * wave * G * model.vocab_size
     prefill = number * min(prefill_tokens(device), wave * prompt_length)
     prefill *= 2 * model.intermediate_size + 6 * d
     copy = 0
     if sharded and (device.type == "cuda" or workers > 1 or number == 2):
         copy = number * total
-    reordered = 4 * (block * model.num_layers + head)
+    reordered = 4 * (block * model.num_hidden_layers + head)
     if device.type == "cpu" and number == 4 and reordered <= REORDER_LIMIT:
         copy += reordered
 
@@ -1186,7 +1191,7 @@ def count_parameters(model: ModelConfig) -> tuple[int, int, int]:
         transformer = Transformer(model)
     total = sum(p.numel() for p in transformer.parameters())
     block = sum(p.numel() for p in transformer.layers[0].parameters())
-    return total, block, total - block * model.num_layers
+    return total, block, total - block * model.num_hidden_layers
 
 
 def activations(
@@ -1196,15 +1201,15 @@ def activations(
     back, and that are there when the loss is computed.
     """
     d, ffn = model.hidden_size, model.intermediate_size
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     attention = 2 * kv + prompt_length + config.max_new_tokens  # keys and values together; mask
     norms = 4 * (4 * d + 2 * q)  # in fp32
     in_block = tokens * (number * (4 * ffn + 3 * d + 2 * q + 2 * kv + attention) + norms)
     at_work = in_block + tokens * number * 3 * ffn
     if config.recompute:
-        kept = tokens * model.num_layers * d * number
+        kept = tokens * model.num_hidden_layers * d * number
         return kept, at_work, kept
-    kept = (model.num_layers - 1) * in_block
+    kept = (model.num_hidden_layers - 1) * in_block
     return kept, at_work, kept + in_block
 
 
@@ -1257,27 +1262,15 @@ def memory_of(device: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Train a language model by Social-R1: GRPO with a reward of the whole reasoning. "
+        description="Train a language model by Social-R1: GRPO with a reward of its whole reasoning. "
         "Without --model: the embedded tiny policy on generated stories, minutes on a CPU.",
         epilog="Defaults in brackets: without --model | with --model (the paper's).",
     )
-    add = parser.add_argument
-    files = dict(type=Path, nargs="+", default=[])
-    add("--model", type=Path, help="Hugging Face checkpoint folder, Qwen3 or Llama family")
-    add("--data", **files, help="problems to train on, JSONL or CSV (generated stories)")
-    add("--eval-data", **files, help="held-out problems (a tenth of the stories in --data)")
-    add("--lang", choices=("en", "zh"), default="en", help="language of bilingual files (en)")
-    add("--content", type=Path, metavar="DIR", help="content model (assets/content | none)")
-    add("--out", type=Path, help="folder for checkpoints and log (runs/DATE-TIME)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    add("--device", help="(cpu | cuda where there is one)")
-    dtypes = ("float32", "bfloat16")
-    add("--dtype", choices=dtypes, help="of the computation (bfloat16 on cuda, else float32)")
-    offload = "keep weights, gradients and AdamW's states in the host's memory (cuda)"
-    add("--offload", action="store_true", help=offload)
+    Run.add_flags(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
     plan = "say what memory the run needs and whether GIB (this machine's) suffice, then stop; "
     plan += "--device cuda can be planned without one, N processes with WORLD_SIZE=N"
-    add("--plan", type=float, nargs="?", const=0.0, metavar="GIB", help=plan)
+    parser.add_argument("--plan", type=float, nargs="?", const=0.0, metavar="GIB", help=plan)
     GRPOConfig.add_flags(parser.add_argument_group("training"), TINY_PRESET[0], PAPER[0])
     RewardConfig.add_flags(parser.add_argument_group("reward"), TINY_PRESET[1], PAPER[1])
     return parser.parse_args()
@@ -1287,38 +1280,26 @@ def make_run(args: argparse.Namespace) -> Run:
     """Turn the flags into a run; ValueError: flags that do not go together."""
     config, reward_config = PAPER if args.model else TINY_PRESET
     workers = world_size()
-    if args.prompts is None:  # all processes answer equally many
-        args.prompts = math.ceil(config.prompts / workers) * workers
-    config = config.updated(args)
-    if args.max_length is None:
-        args.max_length = config.max_new_tokens
-    reward_config = reward_config.updated(args)
-    device = args.device or "cpu"
-    if args.device is None and args.model and torch.cuda.is_available():
-        device = "cuda"
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if args.offload and not device.startswith("cuda"):
-        raise ValueError(f"--offload relieves a GPU's memory; --device {device} is the host")
-    if config.prompts % workers:
-        raise ValueError(f"--prompts {config.prompts}: expected a multiple of {workers} processes")
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the folder of the run to go on with")
-    content = args.content or (None if args.model else TINY_CONTENT)
-    if not reward_config.w_content or "content" in reward_config.off:
-        content = None
-    return Run(
-        model=args.model or TINY,
-        out=args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S"),
-        config=config,
-        reward_config=reward_config,
-        data=tuple(args.data),
-        eval_data=tuple(args.eval_data),
-        lang=args.lang,
-        content=content,
-        device=device,
-        dtype=dtype,
-        offload=args.offload,
-    )
+    if args.prompts is None:  # all processes answer equally many
+        args.prompts = math.ceil(config.prompts / workers) * workers
+    if args.max_length is None:
+        args.max_length = args.max_new_tokens or config.max_new_tokens
+    if args.device is None and args.model and torch.cuda.is_available():
+        args.device = "cuda"
+    if args.dtype is None and (args.device or "").startswith("cuda"):
+        args.dtype = "bfloat16"
+    if args.content is None and args.model is None:
+        args.content = TINY_CONTENT
+    args.out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    run = Run(config.updated(args), reward_config.updated(args)).updated(args)
+    if run.offload and not run.device.startswith("cuda"):
+        raise ValueError(f"--offload relieves a GPU's memory; --device {run.device} is the host")
+    if run.config.prompts % workers:
+        given = f"--prompts {run.config.prompts}"
+        raise ValueError(f"{given}: expected a multiple of {workers} processes")
+    return replace(run, content=None) if "content" in run.reward_config.off else run
 
 
 def main() -> None:

@@ -37,10 +37,10 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -49,7 +49,7 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from jinja2.ext import Extension
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -62,35 +62,23 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass needs to know from a checkpoint's config.json."""
+    """What the forward pass needs to know from a checkpoint's config.json, in the file's names."""
 
     vocab_size: int  # V
     hidden_size: int  # d, the width of the residual stream
     intermediate_size: int  # the width inside the MLP
-    num_layers: int
-    num_heads: int  # of queries
-    num_kv_heads: int  # of keys and values; each serves num_heads / num_kv_heads query heads
-    head_dim: int  # not always hidden_size / num_heads
+    num_hidden_layers: int
+    num_attention_heads: int  # of queries
+    num_key_value_heads: int  # each serves num_attention_heads / num_key_value_heads query heads
+    head_dim: int  # not always hidden_size / num_attention_heads
+    max_position_embeddings: int  # tokens in the longest context
     rope_theta: float  # base of the rotations' wavelengths
+    rms_norm_eps: float
+    tie_word_embeddings: bool  # the head reads the embedding's weight
     rope_scaling: dict | None  # the settings of Llama 3.1 and later, or None
-    norm_eps: float
-    tied: bool  # the head reads the embedding's weight
     qk_norm: bool  # Qwen3 normalises each head of the queries and keys
-    max_positions: int
     scalar: bool  # one score in place of the vocabulary: the content model of rewards.py
     raw: dict  # the whole file, which is written back on saving
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x / rms(x) * weight over the last dimension, computed in float32 and rounded once.
-        """
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
@@ -126,6 +114,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
+Ids = Sequence[int]  # of tokens
 # What an attention layer calls with its queries, keys and values; see "how tokens attend" below.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -137,25 +126,21 @@ class Attention(nn.Module):
         super().__init__()
         d, size = config.hidden_size, config.head_dim
         self.head_dim = size
-        self.q_proj = nn.Linear(d, config.num_heads * size, bias=False)
-        self.k_proj = nn.Linear(d, config.num_kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(d, config.num_kv_heads * size, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * size, d, bias=False)
-        self.q_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_proj = nn.Linear(d, config.num_attention_heads * size, bias=False)
+        self.k_proj = nn.Linear(d, config.num_key_value_heads * size, bias=False)
+        self.v_proj = nn.Linear(d, config.num_key_value_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, d, bias=False)
+        self.q_norm = nn.RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(
-            1, 2
-        )  # (B, heads, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(
-            1, 2
-        )  # (B, kv_heads, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, D)
+        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, heads, T, D)
+        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, kv_heads, T, D)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, D)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -174,9 +159,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -190,8 +175,7 @@ class Transformer(nn.Module):
         self.config = config
         # The folder it was loaded from: on saving, the tokenizer's files are copied from there.
         self.source: Path | None = None
-        # Where it computes, if its weights lie elsewhere: grpo.py can keep them in the host's
-        # memory.
+        # Where it computes, if its weights lie elsewhere: grpo.py can keep them on the host.
         self.computes_on: torch.device | None = None
         # Activation checkpointing: keep what enters a block and compute the block again on the way
         # back.
@@ -199,8 +183,8 @@ class Transformer(nn.Module):
         # A plain attribute and no buffer, so that it stays in float32 when the weights are cast.
         self.frequencies = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.scalar:
             self.score = nn.Linear(config.hidden_size, 1, bias=False)
         else:
@@ -209,7 +193,7 @@ class Transformer(nn.Module):
 
     def tie(self) -> None:
         """Let the head read the embedding's weight, where the config says so."""
-        if self.config.tied and not self.config.scalar:
+        if self.config.tie_word_embeddings and not self.config.scalar:
             self.lm_head.weight = self.embed_tokens.weight
 
     @property
@@ -267,31 +251,22 @@ class Packed:
           b    x  x  x        x  x  x                            the last token of each is drawn
           c                            x  x  x  x
 
-    `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. With `keep_cache`,
-    `cache[layer]` holds the keys and values (1, kv_heads, N, D) of the row, for a Decoding that
-    goes on from here.
+    `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `cache` is None, or
+    else a dict to which each layer adds the keys and values (1, kv_heads, N, D) of the row, for a
+    Decoding that goes on from here.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[Sequence[int]]],
-        device: torch.device,
-        keep_cache: bool = False,
-    ):
-        self.cache: dict[int, tuple[Tensor, Tensor]] | None = {} if keep_cache else None
+    def __init__(self, prompts: list[Ids], completions: list[list[Ids]], device: torch.device):
+        self.cache: dict[int, tuple[Tensor, Tensor]] | None = None
         self.prompts: list[range] = []
         self.completions: list[list[range]] = []
-        self.lengths: list[
-            int
-        ] = []  # of the segments: the prompts and completions that are not empty
-        self.prompt_of: list[
-            int | None
-        ] = []  # the prompt's segment, for each segment of a completion
-        tokens: list[int] = []
-        positions: list[int] = []
+        # Segments are the prompts and completions that are not empty: how long each one is, and for
+        # a completion which segment is its prompt.
+        self.lengths: list[int] = []
+        self.prompt_of: list[int | None] = []
+        tokens, positions = [], []
 
-        def append(ids: Sequence[int], first_position: int, prompt: int | None) -> range:
+        def append(ids: Ids, first_position: int, prompt: int | None) -> range:
             if len(ids):
                 self.lengths.append(len(ids))
                 self.prompt_of.append(prompt)
@@ -319,12 +294,8 @@ class Packed:
                 values = torch.cat((prompt_values, values), dim=2)
             # The last query sees all keys, the one before it all but the last key, and so on.
             mask = causal_lower_right(queries.shape[2], keys.shape[2])
-            grouped = queries.shape[1] != keys.shape[1]
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    queries, keys, values, attn_mask=mask, enable_gqa=grouped
-                )
-            )
+            options = dict(attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, **options))
         return torch.cat(outputs, dim=2)
 
 
@@ -345,28 +316,22 @@ class Decoding:
     each, K kv heads, n = heads / K queries on each, D = head_dim.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        prompt_lengths: Tensor,
-        group_size: int,
-        max_new_tokens: int,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
         """Make room for prompts of these lengths (P,), which `fill` brings, and for the new tokens
         of `group_size` rows each.
         """
-        device, layers = prompt_lengths.device, range(config.num_layers)
-        P, L = len(prompt_lengths), int(prompt_lengths.max())
-        K, D = config.num_kv_heads, config.head_dim
-        prompt_shape = (P, K, L, D)
-        self.prompt_keys = [torch.zeros(prompt_shape, device=device, dtype=dtype) for _ in layers]
-        self.prompt_values = [torch.zeros(prompt_shape, device=device, dtype=dtype) for _ in layers]
+        device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        layers = range(model.config.num_hidden_layers)
+        P, L = len(lengths), int(lengths.max())
+        K, D = model.config.num_key_value_heads, model.config.head_dim
+        shape = (P, K, L, D)
+        self.prompt_keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.prompt_values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         shape = (P, K, group_size, max_new_tokens, D)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
-        self.prompt_lengths = prompt_lengths
-        beyond = torch.arange(L, device=device) >= prompt_lengths[:, None]  # (P, L)
+        self.prompt_lengths = lengths
+        beyond = torch.arange(L, device=device) >= lengths[:, None]  # (P, L)
         bias = torch.zeros(P, 1, 1, L, device=device, dtype=dtype)
         self.bias = bias.masked_fill_(beyond[:, None, None], -math.inf)
         self.length = 0  # tokens that every row has written
@@ -465,94 +430,84 @@ class Completion:
 SAMPLING_BUDGET = 65536  # tokens in caches at a time
 
 
-@torch.inference_mode()
-def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    group_size: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    stop_ids: Sequence[int] = (),
-    seed: int = 0,
-    token_budget: int = SAMPLING_BUDGET,
-) -> list[list[Completion]]:
-    """Sample `group_size` completions of each prompt; return a list of P lists of G.
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of `generate`, in this order; ValueError names one that is out of range."""
 
-    Temperature 0 is greedy; top_p 1 and top_k 0 are off. The `logprobs` are those of the raw
-    logits, whatever these settings are. The random numbers of a completion depend only on the seed,
-    its prompt, its place in the group and the position, so its tokens do not depend on what else is
-    in the batch, and equal prompts have equal groups.
+    group_size: int = 1  # completions of each prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # 1 is off
+    top_k: int = 0  # 0 is off
+    stop_ids: Ids = ()
+    seed: int = 0
+    token_budget: int = SAMPLING_BUDGET
+
+    def __post_init__(self) -> None:
+        lowest = dict(group_size=1, max_new_tokens=1, top_k=0, seed=-(2**63))
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not is_whole(value) or not low <= value < 2**63:
+                raise ValueError(f"{name} = {value!r}; expected a whole number from {low} up")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(f"temperature = {self.temperature!r}; expected 0 (greedy), or 1e-6 up")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p!r}; expected above 0 and at most 1 (off)")
+
+
+def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[list[Completion]]:
+    """Sample completions of each prompt; return a list of P lists of G.
+
+    The further arguments are the fields of Sampling, by place or by name. The `logprobs` of a
+    completion are those of the raw logits, whatever the settings are. Its random numbers depend
+    only on the seed, its prompt, its place in the group and the position, so its tokens do not
+    depend on what else is in the batch, and equal prompts have equal groups.
 
     At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
     `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
     for `max_new_tokens` in the model's context, a setting out of range. Diverged: logits that are
     not finite.
     """
-    settings = (group_size, max_new_tokens, temperature, top_p, top_k, stop_ids, seed, token_budget)
-    groups = dict(generate_stream(model, prompts, *settings))
+    groups = dict(generate_stream(model, prompts, *args, **settings))
     return [copy.deepcopy(groups[tuple(prompt)]) for prompt in prompts]
 
 
 @torch.inference_mode()
-def generate_stream(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    stop_ids: Sequence[int],
-    seed: int,
-    token_budget: int,
-) -> Iterator[tuple[tuple[int, ...], list[Completion]]]:
-    """Yield each distinct prompt with its group, long prompts first, as soon as it is sampled.
+def generate_stream(model: Transformer, prompts: list[Ids], *args, **settings) -> Iterator[tuple]:
+    """Yield each distinct prompt, as a tuple of ids, with the list of its completions.
 
-    The settings and errors are those of `generate`.
+    Long prompts come first, each as soon as it is sampled. The arguments and errors are those of
+    `generate`.
     """
-    sampling = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-    check_sampling(group_size=group_size, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-    check_prompts(model.config, prompts, max_new_tokens)
-    pick = partial(choose, **sampling)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.device)
-    places = range(group_size)
+    sampling = Sampling(*args, **settings)
+    for i, prompt in enumerate(prompts):
+        check_ids(model.config, f"prompt {i}", prompt, sampling.max_new_tokens)
     with reordered_weights(model):
-        for wave in waves(model.config, prompts, group_size, max_new_tokens, token_budget):
-            # Equal prompts have equal keys: a random number depends on them and on nothing else.
-            draws = [uniforms(seed, prompt, g, max_new_tokens) for prompt in wave for g in places]
-            draws = torch.from_numpy(np.stack(draws)).to(model.device)  # (B, N)
-            completions = sample(model, wave, group_size, draws, pick, stops)
-            for i, prompt in enumerate(wave):
-                yield prompt, completions[i * group_size : (i + 1) * group_size]
+        for wave in waves(model.config, prompts, sampling):
+            yield from zip(wave, sample(model, wave, sampling))
 
 
-def sample(
-    model: Transformer,
-    prompts: list[tuple[int, ...]],
-    group_size: int,
-    draws: Tensor,
-    pick: Callable[[Tensor, Tensor], Tensor],
-    stops: Tensor,
-) -> list[Completion]:
-    """Sample completions of these prompts together, B = P * G rows at most N tokens long.
+def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[list[Completion]]:
+    """Sample completions of these prompts together, B = P * G rows at most N tokens long."""
+    G, N = sampling.group_size, sampling.max_new_tokens
+    B = len(prompts) * G
+    device = model.device
+    draws = []
+    for prompt in prompts:
+        draws += [uniforms(sampling.seed, prompt, place, N) for place in range(G)]
+    draws = torch.from_numpy(np.stack(draws)).to(device)  # (B, N)
+    stops = torch.tensor(list(sampling.stop_ids), dtype=torch.long, device=device)
+    tokens = torch.zeros(B, N, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, N, device=device)
+    lengths = torch.full((B,), N, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
 
-    draws (B, N): a random number for each position. pick (rows, V), (rows,) -> (rows,) chooses the
-    tokens.
-    """
-    B, N = draws.shape
-    tokens = torch.zeros(B, N, dtype=torch.long, device=draws.device)
-    logprobs = torch.zeros(B, N, device=draws.device)
-    lengths = torch.full((B,), N, device=draws.device)
-    finished = torch.zeros(B, dtype=torch.bool, device=draws.device)
-
-    logits, context = prefill(model, prompts, group_size, N)  # (B, V)
-    rows = torch.arange(B, device=draws.device)  # the completions that are still being written
+    logits, context = prefill(model, prompts, sampling)  # (B, V)
+    rows = torch.arange(B, device=device)  # the completions that are still being written
     for t in range(N):
         # 1. Sample a token for every row.
         row_logprobs = logits.float().log_softmax(dim=-1)  # (rows, V)
-        chosen = pick(row_logprobs, draws[rows, t])
+        chosen = choose(row_logprobs, draws[rows, t], sampling)
         tokens[rows, t] = chosen
         logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
 
@@ -575,41 +530,39 @@ def sample(
     if not logprobs.isfinite().all():
         raise Diverged("logits are not finite: the weights are broken, or training has diverged")
     columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
-    return [Completion(ids[:n], values[:n], end) for ids, values, n, end in zip(*columns)]
+    completions = [Completion(ids[:n], values[:n], end) for ids, values, n, end in zip(*columns)]
+    return [completions[first : first + G] for first in range(0, B, G)]
 
 
-def uniforms(seed: int, prompt: Sequence[int], place: int, count: int) -> np.ndarray:
+def uniforms(seed: int, prompt: Ids, place: int, count: int) -> np.ndarray:
     """Draw `count` numbers in [0, 1) for one completion: number t is for position t.
 
     They are a function of seed, prompt and place in the group. There is no generator whose state
     would have to be saved, so a resumed run, a larger batch or a second process draw the same
     numbers.
     """
-    key = hashlib.blake2b(
-        np.array([seed, place, *prompt], dtype=np.int64).tobytes(), digest_size=16
-    )
-    philox = np.random.Philox(key=int.from_bytes(key.digest(), "little"))
+    numbers = np.array([seed, place, *prompt], dtype=np.int64)
+    key = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+    philox = np.random.Philox(key=int.from_bytes(key, "little"))
     return np.random.Generator(philox).random(count)
 
 
-def choose(
-    logprobs: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int
-) -> Tensor:
+def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     """Choose a token for each row, at temperature 0 the likeliest; first top-k, then top-p remove
     tokens.
 
     logprobs (rows, V) in float32, uniform (rows,) in float64 -> (rows,)
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logprobs.argmax(dim=-1)
-    probs = (logprobs / temperature).softmax(dim=-1)
-    if top_k:
-        least = probs.topk(min(top_k, probs.shape[-1])).values[:, -1:]
+    probs = (logprobs / sampling.temperature).softmax(dim=-1)
+    if sampling.top_k:
+        least = probs.topk(min(sampling.top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < least, 0.0)
-    if top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
+    if sampling.top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
         ordered, order = probs.sort(dim=-1, descending=True)
         reached = ordered.double().cumsum(dim=-1)
-        dropped = reached - ordered >= top_p * reached[:, -1:]
+        dropped = reached - ordered >= sampling.top_p * reached[:, -1:]
         probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
     return inverse_cdf(probs, uniform)
 
@@ -646,9 +599,7 @@ def first_above(edges: Tensor, target: Tensor) -> Tensor:
     return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index behind the end
 
 
-def prefill(
-    model: Transformer, prompts: list[tuple[int, ...]], group_size: int, max_new_tokens: int
-) -> tuple[Tensor, Decoding]:
+def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple[Tensor, Decoding]:
     """Run the prompts through the network; return logits (B, V) of all first tokens, and the
     context to go on in.
 
@@ -656,28 +607,27 @@ def prefill(
     small, because a CPU is fastest while the activations fit into its caches, and a GPU's memory is
     needed for other things.
     """
-    weight = model.embed_tokens.weight
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-    context = Decoding(model.config, lengths, group_size, max_new_tokens, weight.dtype)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    context = Decoding(model, lengths, sampling.group_size, sampling.max_new_tokens)
     start = common_start(prompts)
+    rests = [prompt[start:] for prompt in prompts]
+    pieces = within_budget(range(len(rests)), lambda i: len(rests[i]), prefill_tokens(model.device))
     last_states = []
-    for piece in within_budget(
-        range(len(prompts)), lambda i: len(prompts[i]) - start, prefill_tokens(weight.device)
-    ):
-        rests = [prompts[i][start:] for i in piece]
-        packed = Packed([prompts[0][:start]], [rests], weight.device, keep_cache=True)
+    for piece in pieces:
+        packed = Packed([prompts[0][:start]], [[rests[i] for i in piece]], model.device)
+        packed.cache = {}
         hidden = model.hidden(packed.tokens, packed)[0]  # (N, d)
         context.fill(piece[0], packed)
         last_states.append(hidden[[places[-1] for places in packed.completions[0]]])
     logits = model.lm_head(torch.cat(last_states))  # (P, V)
-    return logits.repeat_interleave(group_size, dim=0), context
+    return logits.repeat_interleave(sampling.group_size, dim=0), context
 
 
 def prefill_tokens(device: torch.device) -> int:
     return 2048 if device.type == "cpu" else 16384
 
 
-def common_start(prompts: list[tuple[int, ...]]) -> int:
+def common_start(prompts: list[Ids]) -> int:
     """Return how many tokens all prompts begin with; 0 where sharing them saves nothing.
 
     Each prompt keeps at least its last token for itself, because the first logits come from there.
@@ -705,23 +655,17 @@ def within_budget(items: Sequence, size: Callable[[object], int], budget: int) -
         yield batch
 
 
-def waves(
-    config: ModelConfig,
-    prompts: Sequence[Sequence[int]],
-    group_size: int,
-    max_new_tokens: int,
-    token_budget: int,
-) -> Iterator[list[tuple[int, ...]]]:
+def waves(config: ModelConfig, prompts: Sequence[Ids], sampling: Sampling) -> Iterator[list[Ids]]:
     """Cut the distinct prompts, longest first, into waves that are sampled one after the other.
 
     A wave holds as many prompts as the budget allows, at least one. Each needs room for its tokens,
     padded to the longest of the wave, and for its whole group; the tables of logits count as if
     they were cached tokens.
     """
-    group_tokens = group_size * (max_new_tokens + logits_in_tokens(config))
-    wave: list[tuple[int, ...]] = []
+    group_tokens = sampling.group_size * (sampling.max_new_tokens + logits_in_tokens(config))
+    wave = []
     for prompt in sorted(dict.fromkeys(map(tuple, prompts)), key=len, reverse=True):
-        if wave and (len(wave) + 1) * (len(wave[0]) + group_tokens) > token_budget:
+        if wave and (len(wave) + 1) * (len(wave[0]) + group_tokens) > sampling.token_budget:
             yield wave
             wave = []
         wave.append(prompt)
@@ -733,7 +677,7 @@ def logits_in_tokens(config: ModelConfig) -> int:
     """Return how many cached tokens take the memory of one row's logits and of the (up to twelve)
     tables made from them.
     """
-    numbers_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 12 * config.vocab_size // numbers_per_token
 
 
@@ -741,44 +685,16 @@ def is_whole(value: object) -> bool:
     return isinstance(value, (int, np.integer))
 
 
-SAMPLING_RULES = {
-    "group_size": (lambda n: is_whole(n) and n >= 1, "a whole number from 1 up"),
-    "max_new_tokens": (lambda n: is_whole(n) and n >= 1, "a whole number from 1 up"),
-    "temperature": (
-        lambda t: t == 0 or 1e-6 <= t < math.inf,
-        "0 (greedy), or a number from 1e-6 up",
-    ),
-    "top_p": (lambda p: 0 < p <= 1, "above 0 and at most 1 (off)"),
-    "top_k": (lambda k: is_whole(k) and k >= 0, "a whole number from 0 (off) up"),
-    "seed": (lambda s: is_whole(s) and abs(s) < 2**63, "a whole number of 64 bits"),
-}
-
-
-def check_sampling(**settings: float) -> None:
-    """ValueError names the setting that is out of range."""
-    for name, value in settings.items():
-        fits, expected = SAMPLING_RULES[name]
-        if not fits(value):
-            raise ValueError(f"cannot sample with {name} = {value!r}; expected {expected}")
-
-
-def check_prompts(config: ModelConfig, prompts: Sequence, max_new_tokens: int) -> None:
-    """ValueError names the first prompt that cannot be continued."""
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty: there must be a token to continue")
-        check_ids(config, f"prompt {i}", prompt)
-        if len(prompt) + max_new_tokens > config.max_positions:
-            length = f"{len(prompt)} + {max_new_tokens} positions"
-            context = f"the model's context {config.max_positions}"
-            raise ValueError(f"prompt {i} with max_new_tokens takes {length}, {context}")
-
-
-def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
-    """ValueError: something in `ids`, which are not empty, is not the id of a token."""
+def check_ids(config: ModelConfig, name: str, ids: Ids, max_new_tokens: int = 0) -> None:
+    """ValueError: no ids, an id of no token, or no room in the context for as many new tokens."""
+    if not len(ids):
+        raise ValueError(f"{name} is empty: there must be a token to continue")
     if not all(map(is_whole, ids)) or not 0 <= min(ids) <= max(ids) < config.vocab_size:
-        found = f"ids from {min(ids)} to {max(ids)}, the vocabulary {config.vocab_size}"
-        raise ValueError(f"{name} has {found}: is it the model's tokenizer?")
+        range_of_ids = f"ids from {min(ids)} to {max(ids)}, the vocabulary {config.vocab_size}"
+        raise ValueError(f"{name} has {range_of_ids}: is it the model's tokenizer?")
+    if len(ids) + max_new_tokens > config.max_position_embeddings:
+        needed = f"{len(ids)} + {max_new_tokens} positions"
+        raise ValueError(f"{name} takes {needed}, the context has {config.max_position_embeddings}")
 
 
 @contextmanager
@@ -794,13 +710,9 @@ def reordered_weights(model: Transformer) -> Iterator[None]:
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weight = model.embed_tokens.weight
-    fits = sum(linear.weight.nbytes for linear in linears) <= REORDER_LIMIT
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not fits
-        or not reordering_works()
-    ):
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    size = sum(linear.weight.nbytes for linear in linears)
+    if not plain or size > REORDER_LIMIT or not reordering_works():
         linears = []
     try:
         for linear in linears:
@@ -815,8 +727,7 @@ REORDER_LIMIT = 4 << 30  # bytes
 
 
 def reorder(weight: Tensor) -> Tensor:
-    rows_to_expect = 16
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_to_expect)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)  # for about 16 rows
 
 
 def multiply_reordered(x: Tensor, weight: Tensor) -> Tensor:
@@ -828,9 +739,8 @@ def multiply_reordered(x: Tensor, weight: Tensor) -> Tensor:
 def reordering_works() -> bool:
     x, weight = torch.linspace(-1, 1, 192).view(3, 64), torch.linspace(1, -1, 8192).view(128, 64)
     try:
-        return torch.allclose(
-            multiply_reordered(x, reorder(weight)), F.linear(x, weight), atol=1e-4
-        )
+        product = multiply_reordered(x, reorder(weight))
+        return torch.allclose(product, F.linear(x, weight), atol=1e-4)
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -839,7 +749,7 @@ def reordering_works() -> bool:
 
 
 def completion_logprobs(
-    model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]
+    model: Transformer, prompts: list[Ids], completions: list[list[Ids]]
 ) -> tuple[Tensor, Tensor]:
     """Compute the log-probabilities of given completions: P prompts, and for each a list of token
     lists.
@@ -853,21 +763,26 @@ def completion_logprobs(
 
 
 def logprobs_and_entropy(
-    model: Transformer, prompts: list[list[int]], completions: list[list[list[int]]]
+    model: Transformer, prompts: list[Ids], completions: list[list[Ids]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what completion_logprobs does, and the entropy before each token, in nats.
 
     -> logprobs (B, T), mask (B, T), entropies (B, T), the last without gradient
     """
-    check_completions(model.config, prompts, completions)
-    targets, mask = pad([ids for group in completions for ids in group], model.device)  # (B, T)
+    rows = []
+    for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        rows += group
+        check_ids(model.config, f"prompt {i}", prompt)
+        for ids in filter(len, group):
+            check_ids(model.config, f"a completion of prompt {i}", ids)
+    targets, mask = pad(rows, model.device)  # (B, T)
     if not prompts:
         return torch.zeros(0, 0), mask, torch.zeros(0, 0)
     # No token follows a completion's last one, so that one need not go through the network.
     inputs = [[ids[:-1] for ids in group] for group in completions]
     packed = Packed(prompts, inputs, model.device)
     # A first token is predicted at the end of its prompt, every other one at the token before it.
-    places: list[int] = []
+    places = []
     for p, group in enumerate(completions):
         for g, ids in enumerate(group):
             if len(ids):
@@ -877,21 +792,7 @@ def logprobs_and_entropy(
     return unpack(logprobs, mask), mask, unpack(entropies, mask)
 
 
-def check_completions(
-    config: ModelConfig, prompts: list[list[int]], completions: list[list[list[int]]]
-) -> None:
-    if len(prompts) != len(completions) or not all(map(len, prompts)):
-        given = f"{len(prompts)} prompts and {len(completions)} lists of completions"
-        raise ValueError(f"{given}; expected one for each, and no empty prompt")
-    for i, (prompt, group) in enumerate(zip(prompts, completions)):
-        check_ids(config, f"prompt {i}", prompt)
-        for ids in filter(len, group):
-            check_ids(config, f"a completion of prompt {i}", ids)
-
-
-def pad(
-    rows: Sequence[Sequence[float]], device: torch.device, dtype: torch.dtype = torch.long
-) -> tuple[Tensor, Tensor]:
+def pad(rows: list[Sequence], device: torch.device, dtype=torch.long) -> tuple[Tensor, Tensor]:
     """Put lists into one tensor, padded on the right; the mask, not the padding's 0, says what
     counts.
 
@@ -908,9 +809,8 @@ def pad(
 
 def unpack(values: Tensor, mask: Tensor) -> Tensor:
     """Put values (n,) where the mask (B, T) is True, and 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(
-        mask, values
-    )
+    padded = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
+    return padded.masked_scatter(mask, values)
 
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -974,23 +874,16 @@ SUPPORTED = {
     "model_type": ("qwen3", "llama"),
     "hidden_act": ("silu", "swish"),
     "tie_word_embeddings": (True, False),
-    "use_sliding_window": (None, False),
-    "attention_bias": (None, False),
-    "mlp_bias": (None, False),
-    "quantization_config": (None, {}),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
     "is_causal": (None, True),
     "partial_rotary_factor": (None, 1),
     "rope_type": ("default", "llama3"),
 }
+ABSENT = ("use_sliding_window", "attention_bias", "mlp_bias", "num_experts", "num_local_experts")
+SUPPORTED |= dict.fromkeys((*ABSENT, "quantization_config"), (None, False, {}))
 # What transformers assumes where config.json is silent.
 COMMON = dict(hidden_act="silu", rope_theta=1e4, rms_norm_eps=1e-6, tie_word_embeddings=False)
 QWEN3 = dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768)
 LLAMA = dict(max_position_embeddings=2048)
-SIZES = dict(vocab_size=2**24, hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=1024)
-SIZES |= dict(num_attention_heads=2**16, num_key_value_heads=2**16, head_dim=2**16)
-SIZES |= dict(max_position_embeddings=2**31)
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -1002,58 +895,37 @@ def parse_config(raw: dict) -> ModelConfig:
         raise ValueError(f"config has rope settings {rope!r}; expected one object for all layers")
     given |= {"rope_type": rope.get("type", "default")} | rope
     for name, values in SUPPORTED.items():
-        if given.get(name) not in values:
-            expected = ", ".join(repr(value) for value in values if value is not None)
-            value = repr(given.get(name))
-            raise ValueError(f"config has {name} = {value}, not supported; expected {expected}")
-    layers = given.get("layer_types")
-    if layers and layers != ["full_attention"] * len(layers):
+        value = given.get(name)
+        if value not in values:
+            raise ValueError(f"config has {name} = {value!r}, not supported; expected {values}")
+    layers = given.get("layer_types") or []
+    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
         raise ValueError(f"config has layer_types = {layers!r}, not supported")
-    check_sizes(given)
-    llama3 = given["rope_type"] == "llama3"
-    for name in ("rope_theta", "rms_norm_eps", *LLAMA3_ROPE[: 4 * llama3]):
-        value = given.get(name)
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise ValueError(f"config has {name} = {value!r}; expected a number above 0")
-    if llama3 and given["low_freq_factor"] >= given["high_freq_factor"]:
-        raise ValueError(f"config has {rope!r}; expected high_freq_factor above low_freq_factor")
-    if llama3 and raw.get(LLAMA3_ROPE[3], rope[LLAMA3_ROPE[3]]) != rope[LLAMA3_ROPE[3]]:
-        raise ValueError(f"config has {rope!r}, and another {LLAMA3_ROPE[3]} beside it")
-    return ModelConfig(
-        vocab_size=given["vocab_size"],
-        hidden_size=given["hidden_size"],
-        intermediate_size=given["intermediate_size"],
-        num_layers=given["num_hidden_layers"],
-        num_heads=given["num_attention_heads"],
-        num_kv_heads=given["num_key_value_heads"],
-        head_dim=given["head_dim"],
-        rope_theta=float(given["rope_theta"]),
-        rope_scaling=rope if llama3 else None,
-        norm_eps=given["rms_norm_eps"],
-        tied=given["tie_word_embeddings"],
-        qk_norm=given["model_type"] == "qwen3",
-        max_positions=given["max_position_embeddings"],
-        scalar="ForSequenceClassification" in str(given.get("architectures")),
-        raw=raw,
-    )
 
-
-def check_sizes(given: dict) -> None:
-    """Fill in the sizes that follow from others; ValueError names one that cannot be."""
-    heads, width = given.get("num_attention_heads"), given.get("hidden_size")
+    width, heads = given.get("hidden_size"), given.get("num_attention_heads")
     given["num_key_value_heads"] = given.get("num_key_value_heads") or heads
-    if not given.get("head_dim") and type(heads) is int and type(width) is int:
+    if not given.get("head_dim") and is_whole(width) and is_whole(heads):
         given["head_dim"] = width // max(heads, 1)
-    for name, limit in SIZES.items():
+    kinds = dict(ModelConfig.__annotations__)
+    llama3 = given["rope_type"] == "llama3"
+    if llama3:
+        kinds |= dict.fromkeys(LLAMA3_ROPE, float)
+    for name, kind in kinds.items():
         value = given.get(name)
-        if type(value) is not int or not 0 < value <= limit:
-            raise ValueError(
-                f"config has {name} = {value!r}; expected a whole number, 1 to {limit}"
-            )
+        if kind in (int, float) and (type(value) not in (int, kind) or not 0 < value < 1e15):
+            raise ValueError(f"config has {name} = {value!r}; expected {kind.__name__} above 0")
     size, kv_heads = given["head_dim"], given["num_key_value_heads"]
     if size % 2 or heads % kv_heads:
         shape = f"{heads} heads of size {size} for {kv_heads} key heads"
-        raise ValueError(f"config has {shape}; expected an even size, a multiple of the key heads")
+        raise ValueError(f"config has {shape}; expected a multiple of them, and an even size")
+    if llama3 and given["low_freq_factor"] >= given["high_freq_factor"]:
+        raise ValueError(f"config has {rope!r}; expected high_freq_factor above low_freq_factor")
+
+    given["rope_scaling"] = rope if llama3 else None
+    given["qk_norm"] = given["model_type"] == "qwen3"
+    given["scalar"] = "ForSequenceClassification" in str(given.get("architectures"))
+    given["raw"] = raw
+    return ModelConfig(**{name: given[name] for name in ModelConfig.__annotations__})
 
 
 def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
@@ -1061,13 +933,12 @@ def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
 
     None takes either. ValueError: the other kind, or no such folder.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such model folder; expected config.json and weights in it")
-    config = parse_config(read_json(folder / "config.json"))
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: no such model folder; expected config.json and weights in it")
+    config = parse_config(read_json(Path(path) / "config.json"))
     if scalar not in (config.scalar, None):
         kinds = ("language model", "content model (with a scalar head)")
-        raise ValueError(f"{folder} is a {kinds[config.scalar]}; expected a {kinds[scalar]}")
+        raise ValueError(f"{path} is a {kinds[config.scalar]}; expected a {kinds[scalar]}")
     return config
 
 
@@ -1077,33 +948,27 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     scalar: bool | None = False,
 ) -> Transformer:
-    """Load a Hugging Face checkpoint folder, one safetensors file or several; `scalar` as in
-    read_config.
+    """Load a checkpoint folder, one safetensors file or several; `scalar` as in read_config.
 
     Names and shapes are compared before anything is read. Then each tensor goes from its file to
     the wanted dtype and device by itself, the largest first, so that memory peaks at hardly more
     than the weights. ValueError names what does not fit.
     """
     check_device(device)
-    if not dtype.is_floating_point:
-        raise ValueError(f"cannot load weights as {dtype}; expected a floating-point dtype")
-    folder = Path(path)
     config = read_config(path, scalar)
     with torch.device("meta"):
         model = Transformer(config)
     parameters = dict(model.named_parameters())
-    places = find_tensors(folder, dict(model.named_parameters(remove_duplicate=False)), config)
-    if config.tied and "lm_head.weight" in places:
-        head = read_tensor(*places["lm_head.weight"], device)
-        if not torch.equal(head, read_tensor(*places["embed_tokens.weight"], device)):
-            unequal = f"{folder}: lm_head.weight differs from the embedding"
-            raise ValueError(f"{unequal}, but config.json says tie_word_embeddings")
-    weights = {}
-    for name in sorted(parameters, key=lambda name: -parameters[name].numel()):
-        weights[name] = read_tensor(*places[name], device).to(dtype, copy=True)
+    tensors = find_tensors(model, Path(path))
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head = read_tensor(*tensors["lm_head.weight"], device)
+        if not torch.equal(head, read_tensor(*tensors["embed_tokens.weight"], device)):
+            raise ValueError(f"{path}: tie_word_embeddings, but lm_head.weight is another table")
+    order = sorted(parameters, key=lambda name: -parameters[name].numel())
+    weights = {name: read_tensor(*tensors[name], device).to(dtype, copy=True) for name in order}
     model.load_state_dict(weights, strict=False, assign=True)  # strict would ask for a tied head
     model.tie()
-    model.source = folder.resolve()
+    model.source = Path(path).resolve()
     return model.requires_grad_(True).eval()
 
 
@@ -1115,39 +980,28 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device} cannot be used here: {reason}") from None
 
 
-def find_tensors(
-    folder: Path, wanted: dict[str, nn.Parameter], config: ModelConfig
-) -> dict[str, tuple[Path, str]]:
+def find_tensors(model: Transformer, folder: Path) -> dict[str, tuple[Path, str]]:
     """Find each parameter's file and its name there; ValueError names what does not fit."""
-    places: dict[str, tuple[Path, str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head may be stored
+    tensors = {}
     for file in weight_files(folder):
         with open_weights(file) as weights:
             for key in weights.keys():
                 name = key.removeprefix("model.")
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # older checkpoints store rotation tables
-                if name not in wanted:
-                    kind = config.raw["model_type"]
-                    raise ValueError(f"{file}: tensor {key!r} has no place in this {kind} model")
-                if name in places:
-                    other = places[name][0].name
-                    raise ValueError(f"{file}: tensor {key!r} is there twice, also in {other}")
+                if name not in parameters or name in tensors:
+                    raise ValueError(f"{file}: no place for {key!r}, or it is there twice")
                 header = weights.get_slice(key)
-                shape, expected = tuple(header.get_shape()), tuple(wanted[name].shape)
-                if shape != expected:
-                    raise ValueError(f"{file}: {key!r} has shape {shape}, expected {expected}")
-                if header.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    stored = f"{file}: {key!r} is stored as {header.get_dtype()}"
-                    raise ValueError(f"{stored}, expected F32, F16 or BF16: is it quantised?")
-                places[name] = (file, key)
-    optional = {"lm_head.weight"} if config.tied else set()
-    missing = sorted(wanted.keys() - places.keys() - optional)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                if shape != parameters[name].shape or dtype not in ("F64", "F32", "F16", "BF16"):
+                    expected = f"F32, F16 or BF16 of {tuple(parameters[name].shape)}"
+                    raise ValueError(f"{file}: {key!r} is {dtype} of {shape}, expected {expected}")
+                tensors[name] = (file, key)
+    missing = [name for name, _ in model.named_parameters() if name not in tensors]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} missing: {', '.join(missing[:3])}")
-    return places
-
-
-SHARD_NAME = re.compile(r"[^/]+\.safetensors")
+    return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -1156,21 +1010,18 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists() or not index.exists():
         return [single]
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{index}: no weight_map")
-    for name in shards.values():
-        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+    names = shards.values() if isinstance(shards, dict) else [shards]
+    for name in names:
+        if not re.fullmatch(r"[^/]+\.safetensors", str(name)):
             raise ValueError(f"{index}: {name!r} is no name of a safetensors file in this folder")
-    return [folder / name for name in sorted(set(shards.values()))]
+    return [folder / name for name in sorted(set(names))]
 
 
 def open_weights(file: Path, device: str = "cpu") -> safe_open:
     try:
         return safe_open(file, framework="pt", device=str(device))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such weights file") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a safetensors file: {error}") from None
+        raise ValueError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def read_tensor(file: Path, key: str, device: str) -> Tensor:
@@ -1181,22 +1032,17 @@ def read_tensor(file: Path, key: str, device: str) -> Tensor:
         return weights.get_tensor(key)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, kind: str, parse: Callable[[str], object]) -> object:
+    """Read a file and parse its text; ValueError says which file and why not."""
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; expected a checkpoint folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as UTF-8 text: {error}") from None
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise ValueError(f"{path}: not readable as {kind}: {error}") from None
 
 
 def read_json(path: Path) -> dict:
     """Read one JSON object from a file; ValueError says which file and why not."""
-    text = read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    value = read_text(path, "JSON", json.loads)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -1235,10 +1081,8 @@ def new_folder(target: Path) -> Iterator[Path]:
 def flush(path: Path) -> None:
     """Wait until the disk has what was written to this file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_model(model: Transformer, path: str | Path) -> None:
@@ -1257,10 +1101,8 @@ def refuse_other_folders(path: Path) -> None:
     if not target.exists():
         return
     content = list(target.iterdir()) if target.is_dir() else [target]
-    try:
-        has_config = "model_type" in read_json(target / "config.json")
-    except ValueError:
-        has_config = False
+    config = target / "config.json"
+    has_config = config in content and "model_type" in read_json(config)
     has_weights = any(file.suffix == ".safetensors" for file in content)
     is_checkpoint = has_config and has_weights and all(file.is_file() for file in content)
     if target == Path.cwd() or content and not is_checkpoint:
@@ -1278,8 +1120,7 @@ def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) ->
     are gone.
     """
     if model.source and not model.source.is_dir():
-        needed = "the tokenizer must be saved with the model that was loaded from there"
-        raise ValueError(f"{model.source}: no such folder any more; {needed}")
+        raise ValueError(f"{model.source}: no such folder any more, and the tokenizer was there")
     for name in CARRIED:
         if model.source and (model.source / name).is_file():
             shutil.copyfile(model.source / name, folder / name)
@@ -1287,12 +1128,16 @@ def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) ->
     named = {name if name in heads else f"model.{name}": weight for name, weight in weights.items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    raw = {name: value for name, value in model.config.raw.items() if name != "torch_dtype"}
-    config = json.dumps(raw | {"dtype": dtype}, indent=2)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    config = model.config.raw | {"dtype": dtype}
+    config.pop("torch_dtype", None)  # the older name of "dtype"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------- tokenizer and chat
+
+
+# Models may have these without saying that a completion stops there.
+ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 class Tokenizer:
@@ -1302,22 +1147,49 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         folder = Path(path)
-        self.backend = load_backend(folder / "tokenizer.json")
+        file = folder / "tokenizer.json"
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(file))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a bare Exception, or a panic of the library's Rust code
+            raise ValueError(f"{file}: not a tokenizer file: {error}") from None
+        self.backend.no_truncation()
+        self.backend.no_padding()
         names = ("special_tokens_map", "tokenizer_config", "generation_config", "config")
         files = {name: folder / f"{name}.json" for name in names}
         options = {name: read_json(file) if file.exists() else {} for name, file in files.items()}
         settings = options["special_tokens_map"] | options["tokenizer_config"]
-        self.special_tokens = parse_special_tokens(settings)
-        self.template = find_template(folder, settings)
-        stops = {self.special_tokens.get("eos_token"), "<|im_end|>", "<|eot_id|>", "<|endoftext|>"}
-        ids = {self.backend.token_to_id(token) for token in stops if token} - {None}
+
+        self.special_tokens = {}  # bos_token and the like, which templates may use
+        for name, value in settings.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                self.special_tokens[name] = text
+
+        self.template = settings.get("chat_template")
+        if isinstance(self.template, list):  # several with names
+            named = [entry for entry in self.template if isinstance(entry, dict)]
+            self.template = {entry.get("name"): entry.get("template") for entry in named}.get(
+                "default"
+            )
+        if (folder / "chat_template.jinja").exists():
+            self.template = read_text(folder / "chat_template.jinja", "UTF-8 text", str)
+
+        # Completions stop where any of these says so; eos_token_id is an id, or a list of ids.
+        ends = (self.special_tokens.get("eos_token", ""), *ENDS_OF_TURN)
+        ids = {self.backend.token_to_id(token) for token in ends}
         for name in ("generation_config", "config"):
-            ids |= parse_stop_ids(files[name], options[name].get("eos_token_id"))
-        self.stop_ids = tuple(sorted(ids))
+            given = options[name].get("eos_token_id")
+            listed = given if isinstance(given, list) else [given]
+            if given is not None and any(type(i) is not int or i < 0 for i in listed):
+                raise ValueError(f"{files[name]}: eos_token_id is {given!r}; expected token ids")
+            ids |= set(listed)
+        self.stop_ids = tuple(sorted(ids - {None}))
         self.max_new_tokens = options["generation_config"].get("max_new_tokens") or 1024
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            given = f"{files['generation_config']}: max_new_tokens is {self.max_new_tokens!r}"
-            raise ValueError(f"{given}; expected a whole number above 0")
+        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            given = f"max_new_tokens is {self.max_new_tokens!r}"
+            raise ValueError(f"{files['generation_config']}: {given}; expected a whole number")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text, nothing added; unless `special`, the name of a special token is
@@ -1329,11 +1201,11 @@ class Tokenizer:
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """Return the text of ids, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def completion_text(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    def completion_text(self, prompt: Ids, tokens: Ids) -> str:
         """Return a completion as a parser should see it.
 
         Special tokens stay in the text, because some tokenizers declare <think> to be one; only the
@@ -1357,83 +1229,29 @@ class Tokenizer:
         """
         if not self.template:
             raise ValueError("the checkpoint has no chat template (chat_template.jinja)")
-        variables = dict(messages=messages, tools=None, documents=None)
-        variables |= dict(add_generation_prompt=True, enable_thinking=thinking)
+        chat = dict(messages=messages, add_generation_prompt=True, enable_thinking=thinking)
         try:
-            return self.compiled_template.render(self.special_tokens | variables)
+            return self.compiled_template.render(self.special_tokens | chat)
         except Exception as error:  # a template is a program: it can fail in any way
             message = " ".join(str(error).split())
             raise ValueError(f"the checkpoint's chat template failed: {message}") from None
 
     @cached_property
     def compiled_template(self) -> jinja2.Template:
-        """Compile the template in a sandbox, with the functions that templates expect to find."""
-        extensions = ["jinja2.ext.loopcontrols", GenerationTag]
-        options = dict(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        """Compile the template in a sandbox, with what templates expect to find there."""
+        options = dict(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
+        )
         environment = ImmutableSandboxedEnvironment(**options)
         environment.filters["tojson"] = to_json
+        environment.globals |= dict(tools=None, documents=None, strftime_now=time.strftime)
         environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         return environment.from_string(self.template)
 
 
-def load_backend(file: Path) -> tokenizers.Tokenizer:
-    if not file.exists():
-        raise ValueError(f"{file}: no such file; expected a checkpoint's tokenizer")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises a bare Exception, or even a panic
-        raise ValueError(f"{file}: not a tokenizer file: {error}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def parse_special_tokens(settings: dict) -> dict[str, str]:
-    """Return bos_token and the like, which templates may use; some files store them as objects with
-    a "content".
-    """
-    tokens = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            value = value.get("content")
-        if name.endswith("_token") and isinstance(value, str):
-            tokens[name] = value
-    return tokens
-
-
-def find_template(folder: Path, settings: dict) -> str | None:
-    """Return the chat template, from a file of its own or from tokenizer_config.json."""
-    if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several with names
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in named}.get("default")
-    if not isinstance(template, str | None):
-        file, kind = folder / "tokenizer_config.json", type(template).__name__
-        raise ValueError(f"{file}: chat_template is {kind}; expected text")
-    return template
-
-
-def parse_stop_ids(file: Path, given: object) -> set[int]:
-    """Return eos_token_id as a set: it may be missing, an id, or a list of ids."""
-    if given is None:
-        return set()
-    ids = given if isinstance(given, list) else [given]
-    if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-        raise ValueError(
-            f"{file}: eos_token_id is {given!r}; expected a token id or a list of them"
-        )
-    return set(ids)
-
-
-def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def to_json(value: object, ensure_ascii: bool = False, **options) -> str:
     """Do what templates expect of their filter `tojson`, whose defaults are not those of jinja."""
-    options = dict(ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys)
-    return json.dumps(x, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def raise_exception(message: str) -> None:

@@ -61,9 +61,10 @@ from model import parse_config, refuse_other_folders, save_model, within_budget
 from socialr1 import STAGES, TINY, Parser, Problem, Response, Settings, even_out, exit_on_error
 from socialr1 import parse_response, read_rows, setting
 
-# A new term is a function below, a name here, and its place in `total_reward`. The switch
-# (--without) and the log of a run take their names from this list.
-TERMS = ("fmt", "out", "struct", "content", "len")
+# The terms, each with what it counts as when it is off or not computed: a factor is then 1, an
+# addend 0. A new term is a function below, an entry here, and its place in `total_reward`. The
+# switch (--without) and the log of a run take their names from here.
+TERMS = {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": 0.0, "len": 1.0}
 
 # ---------------------------------------------------------------------------------------- the terms
 
@@ -103,8 +104,6 @@ def structure_reward(response: Response, problem: Problem) -> float:
     to. It cannot catch stages that say nothing (four headings over filler earn 1), nor an option
     that is meant but not named, as in "It is B" and "the second one".
     """
-    if not response.stages:
-        return 0.0
     coverage = len(response.stages) / len(STAGES)
     independence = 1 - mean(early_options(response, problem))
     return coverage * stage_order(response) * independence
@@ -128,7 +127,7 @@ def early_options(response: Response, problem: Problem) -> list[bool]:
     """Tell for each passage before the answer stage whether it names an option."""
     stages = [text for name, text in response.stages if name != STAGES[-1]]
     passages = [response.preamble, *stages]
-    return [names_option(passage, problem) for passage in passages if passage]
+    return [bool(option_mentions(passage, problem)) for passage in passages if passage]
 
 
 def content_reward(scores: list[float]) -> float:
@@ -168,7 +167,7 @@ def length_reward(
         raise ValueError(f"min_length {min_length} must be below max_length {max_length}")
     k = sharpness / (max_length - min_length)
     long_enough = logistic(k * (length - min_length))
-    short_enough = logistic(-k * (length - max_length))  # 1 - s(x) = s(-x), which loses no digits
+    short_enough = logistic(-k * (length - max_length))  # 1 - s(x) = s(-x)
     return long_enough * short_enough * distinct_fraction(response.think)
 
 
@@ -185,10 +184,8 @@ def mean(values: list[float]) -> float:
 
 
 def logistic(x: float) -> float:
-    """Return 1 / (1 + exp(-x)), without an overflow for any x."""
-    if x >= 0:
-        return 1 / (1 + math.exp(-x))
-    return math.exp(x) / (1 + math.exp(x))
+    """Return s(x) = 1 / (1 + exp(-x)), by way of tanh, which overflows for no x."""
+    return 0.5 * (1 + math.tanh(x / 2))
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -217,10 +214,8 @@ class RewardConfig(Settings):
             raise ValueError(f"{given}: expected the first to be smaller")
         if self.tau_from > self.tau_to:
             raise ValueError(f"--tau-from {self.tau_from} comes after --tau-to {self.tau_to}")
-        unknown = self.off - set(TERMS)
-        if unknown:
-            names = ",".join(sorted(unknown))
-            raise ValueError(f"--without {names}: expected any of {','.join(TERMS)}")
+        if not self.off <= set(TERMS):
+            raise ValueError(f"--without {self.without}: expected any of {','.join(TERMS)}")
 
     @property
     def off(self) -> set[str]:
@@ -282,16 +277,10 @@ def total_reward(
         "len": length_reward(response, length, *window),
         "tau": tau,
     }
-
-    def addend(name: str) -> float:
-        counts = name not in off and parts[name] is not None
-        return parts[name] if counts else 0.0
-
-    def factor(name: str) -> float:
-        return 1.0 if name in off else parts[name]
-
-    process = config.w_struct * addend("struct") + config.w_content * addend("content")
-    total = factor("fmt") * (config.w_out * addend("out") + tau * process) * factor("len")
+    on = {name: value for name, value in parts.items() if name not in off and value is not None}
+    r = TERMS | on
+    process = config.w_struct * r["struct"] + config.w_content * r["content"]
+    total = r["fmt"] * (config.w_out * r["out"] + tau * process) * r["len"]
     return Reward(total, parts)
 
 
@@ -310,10 +299,6 @@ def parse_groups(
 
 
 # ------------------------------------------------------------------ what counts as naming an option
-
-
-def names_option(text: str, problem: Problem) -> bool:
-    return bool(option_mentions(text, problem))
 
 
 def option_mentions(text: str, problem: Problem) -> list[tuple[int, int]]:
@@ -342,10 +327,6 @@ def words(text: str) -> list[str]:
     return list(map(str.casefold, WORD.findall(text)))
 
 
-def word_spans(text: str) -> list[tuple[int, int]]:
-    return [match.span() for match in WORD.finditer(text)]
-
-
 # "option B", "The answer is: B", "选项B". Bounded repeats keep the search linear.
 OPTION_WORD = r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i: {0,3}(?:is\b|是))?"
 QUOTES = r"[ :*\"'“‘(\[]{0,4}"
@@ -371,35 +352,20 @@ def quotations(text: str, problem: Problem) -> list[tuple[int, int]]:
 
     Shorter options do not count: stories say "in the box", and so must the reasoning.
     """
-    runs = [words(plain(option)) for option in problem.options]
-    runs = [run for run in runs if len(run) >= 4]
-    if not runs:
-        return []
     told = [words(plain(problem.story)), words(plain(problem.question))]
     said = words(text)
     quoted = []
-    for run in runs:
-        if not any(occurrences(run, passage) for passage in told):
+    for run in [words(plain(option)) for option in problem.options]:
+        if len(run) >= 4 and not any(occurrences(run, passage) for passage in told):
             quoted += [(first, first + len(run) - 1) for first in occurrences(run, said)]
-    spans = word_spans(text) if quoted else []
-    return [(spans[first][0], spans[last][1]) for first, last in quoted]
+    matches = list(WORD.finditer(text)) if quoted else []
+    return [(matches[first].start(), matches[last].end()) for first, last in quoted]
 
 
 def occurrences(run: list[str], said: list[str]) -> list[int]:
     """Find where a run of words begins in what was said."""
     starts = [i for i, word in enumerate(said) if word == run[0]]
     return [i for i in starts if said[i : i + len(run)] == run]
-
-
-def repetitions(text: str) -> list[tuple[int, int]]:
-    """Find the 4-grams of words that occurred before -> spans (start, end)."""
-    run, spans = words(text), word_spans(text)
-    seen, repeated = set(), []
-    for i, gram in enumerate(zip(run, run[1:], run[2:], run[3:])):
-        if gram in seen:
-            repeated.append((spans[i][0], spans[i + 3][1]))
-        seen.add(gram)
-    return repeated
 
 
 # -------------------------------------------------------------------------------- the content model
@@ -462,7 +428,7 @@ class ContentModel:
         """
         message = {"role": "user", "content": f"Story: {story}\nQuestion: {question}"}
         prompt = self.tokenizer.chat([message])
-        context = self.model.config.max_positions
+        context = self.model.config.max_position_embeddings
         left = context - len(prompt)
         if left < 32:
             size = f"{len(prompt)} of the {context} tokens of the content model's context"
@@ -484,8 +450,7 @@ def segment_scores(model: Transformer, batch: list[EncodedStory]) -> Tensor:
     Segments are packed like completions, so a story is read once for all of its segments.
     ValueError: no segment, or a prompt or segment without tokens.
     """
-    prompts = [prompt for prompt, _ in batch]
-    segments = [segments for _, segments in batch]
+    prompts, segments = zip(*batch)
     if not any(segments) or not all(prompts) or not all(itertools.chain(*segments)):
         raise ValueError("no segment, or a prompt or segment without tokens: nothing to score")
     packed = Packed(prompts, segments, model.device)
@@ -506,8 +471,7 @@ def load_content_model(path: Path, device: str = "cpu", dtype=torch.float32) -> 
     centre = model.config.raw.get("content_centre")
     values = [centre.get(stage) for stage in STAGES] if isinstance(centre, dict) else [None]
     if not all(type(value) is float and math.isfinite(value) for value in values):
-        expected = "expected a number for each stage: was it made by rewards.py?"
-        raise ValueError(f"{path}/config.json: content_centre is {centre!r}; {expected}")
+        raise ValueError(f"{path}: content_centre is {centre!r}; expected a number for each stage")
     return ContentModel(model, Tokenizer(path))
 
 
@@ -526,14 +490,11 @@ class Pair:
     kind: str = ""  # of mistake, where it is known
 
 
-Judge = Callable[[str, str], bool]  # (stage, text) -> is it grounded in the story?
-
-
 def read_pairs(path: Path) -> list[Pair]:
     """Read pairs from JSONL with story, question, stage, chosen, rejected and perhaps kind [O].
 
-    ValueError names file and line of what does not fit. assets/make_pairs.py writes such a file
-    from generated stories.
+    ValueError names file and line of what does not fit. assets/make_pairs.py writes such a file,
+    from generated stories or, as the paper does, from trajectories of a policy.
     """
     names = ("story", "question", "stage", "chosen", "rejected")
     pairs = []
@@ -542,32 +503,12 @@ def read_pairs(path: Path) -> list[Pair]:
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ValueError(f"{path}:{line}: expected the texts {', '.join(names)}")
         if row["chosen"] == row["rejected"] or re.search("[\ud800-\udfff]", "".join(texts)):
-            wrong = "chosen and rejected are the same, or a text holds half a surrogate pair"
-            raise ValueError(f"{path}:{line}: {wrong}")
+            raise ValueError(f"{path}:{line}: the same text twice, or half a surrogate pair in it")
         if row["stage"] not in STAGES:
-            wrong = f"stage {row['stage']!r}; expected one of {', '.join(STAGES)}"
-            raise ValueError(f"{path}:{line}: {wrong}")
+            raise ValueError(f"{path}:{line}: stage {row['stage']!r}; expected {', '.join(STAGES)}")
         pairs.append(Pair(*texts, kind=str(row.get("kind") or "")))
     if not pairs:
         raise ValueError(f"{path}: no pairs in it")
-    return pairs
-
-
-def segment_pairs(problem: Problem, responses: list[Response], judge: Judge) -> list[Pair]:
-    """Pair segments of several trajectories of one problem, as the paper does [P].
-
-    The paper samples 6 trajectories for each of 700 problems, cuts them into stages, and asks a
-    judge which of two segments of the same stage is better grounded. Here `judge(stage, text)`
-    says whether a segment is true, and a true segment is chosen over each that is not [O].
-    """
-    pairs = []
-    for stage in STAGES:
-        said = [dict(response.stages).get(stage) for response in responses]
-        texts = dict.fromkeys(text for text in said if text)
-        true = [text for text in texts if judge(stage, text)]
-        false = [text for text in texts if text not in true]
-        about = (problem.story, problem.question, stage)
-        pairs += [Pair(*about, true[0], text, "rollout") for text in false if true]
     return pairs
 
 
@@ -601,10 +542,18 @@ def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
 # --------------------------------------------------------------------------------- how it learns it
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class ContentConfig(Settings):
-    """Settings of the content model's training. Where no [P] stands, the paper is silent [O]."""
+    """Settings of the content model and its training: the paper states none of them [O]."""
 
+    model: Path = setting(None, "checkpoint folder to start from; else assets/tiny", kind=Path)
+    pairs: Path = setting(None, "JSONL with story, question, stage, chosen, rejected", kind=Path)
+    held_out: Path = setting(None, "pairs to examine on; else a tenth of --pairs", kind=Path)
+    out: Path = setting(Path("runs/content"), "the new folder")
+    device: str = setting(DEVICE, "cuda where there is one, else cpu")
     epochs: int = setting(1, "passes over the pairs", low=1)
     batch: int = setting(64, "pairs in one update, in whole stories", low=1)
     lr: float = setting(1e-5, "AdamW's learning rate, after a short warm-up", above=0, high=1)
@@ -612,7 +561,7 @@ class ContentConfig(Settings):
     seed: int = setting(0, "of the new head and the order of pairs", low=0, high=2**31 - 1)
 
 
-TINY_PRESET = ContentConfig(lr=1e-3)  # from the embedded policy
+TINY_PRESET = ContentConfig(model=TINY, lr=1e-3)  # from the embedded policy
 
 
 def with_scalar_head(model: Transformer, seed: int) -> Transformer:
@@ -621,9 +570,8 @@ def with_scalar_head(model: Transformer, seed: int) -> Transformer:
         return model
     raw = model.config.raw
     kind = {"qwen3": "Qwen3", "llama": "Llama"}[raw["model_type"]]
-    labels = {"id2label": {"0": "grounded"}, "label2id": {"grounded": 0}}
-    head = {"architectures": [f"{kind}ForSequenceClassification"]}
-    model.config = parse_config(raw | labels | head)
+    head = {"architectures": [f"{kind}ForSequenceClassification"], "id2label": {"0": "grounded"}}
+    model.config = parse_config(raw | head | {"label2id": {"grounded": 0}})
     del model.lm_head
     torch.manual_seed(seed)
     model.score = nn.Linear(model.config.hidden_size, 1, bias=False).to(model.embed_tokens.weight)
@@ -701,41 +649,25 @@ def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
 # ------------------------------------------------------------------------------------- command line
 
 
-def show(result: dict) -> str:
-    """Lay out what `examine` found."""
-    rows = [f"{'held-out pairs':34}{result['pairs']:>6}", f"{'right':34}{result['accuracy']:6.3f}"]
-    for name, value in (result["by_stage"] | result["by_kind"]).items():
-        rows.append(f"  {name:32}{value:6.3f}")
-    return "\n".join(rows)
-
-
 def main() -> None:
-    about = "Train the content model. (in brackets: defaults from assets/tiny | from other models)"
-    parser = Parser(description=about)
-    add = parser.add_argument
-    add("--model", type=Path, default=TINY, help="checkpoint folder to start from (assets/tiny)")
-    add("--pairs", type=Path, help="JSONL with story, question, stage, chosen, rejected")
-    add("--held-out", type=Path, help="pairs to examine on (a tenth of --pairs)")
-    add("--out", type=Path, default=Path("runs/content"), help="the new folder (runs/content)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cuda where there is one, else cpu")
+    parser = Parser(description="Train a content model (defaults: from assets/tiny | from others)")
     ContentConfig.add_flags(parser, TINY_PRESET, ContentConfig())
     args = parser.parse_args()
-    check_device(args.device)
-    from_tiny = args.model.resolve() == TINY.resolve()
+    from_tiny = args.model is None or args.model.resolve() == TINY.resolve()
     preset = TINY_PRESET if from_tiny else ContentConfig()
     config = preset.updated(args)
-    if not args.pairs:
+    check_device(config.device)
+    if not config.pairs:
         raise ValueError("expected --pairs FILE; `python assets/make_pairs.py` can make one")
-    refuse_other_folders(args.out)
+    refuse_other_folders(config.out)
 
-    pairs = read_pairs(args.pairs)
-    if args.held_out:
-        held_out = read_pairs(args.held_out)
+    pairs = read_pairs(config.pairs)
+    if config.held_out:
+        held_out = read_pairs(config.held_out)
     else:
         pairs, held_out = hold_out(pairs, config.seed)
-    model = load_model(args.model, args.device, scalar=None)
-    scorer = ContentModel(with_scalar_head(model, config.seed), Tokenizer(args.model))
+    model = load_model(config.model, config.device, scalar=None)
+    scorer = ContentModel(with_scalar_head(model, config.seed), Tokenizer(config.model))
     for question in by_question(pairs + held_out):
         scorer.encode(question[0].story, question[0].question, [])  # a story too long says so now
     print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out")
@@ -743,10 +675,13 @@ def main() -> None:
     dtype = torch.bfloat16 if from_tiny else torch.float32  # the embedded model has to stay small
     model.to(dtype).float()  # rounds the weights: what is examined is what will be loaded
     result = examine(scorer, held_out)
+    print(f"{result['accuracy']:.3f} of {result['pairs']} held-out pairs are right")
+    for name, accuracy in (result["by_stage"] | result["by_kind"]).items():
+        print(f"  {name:32}{accuracy:6.3f}")
     raw = model.config.raw | {"content_centre": result["centre"]}
     model.config = replace(model.config, raw=raw)
-    save_model(model.to(dtype), args.out)
-    print(f"{show(result)}\ncontent model: {args.out}\nnext: python grpo.py --content {args.out}")
+    save_model(model.to(dtype), config.out)
+    print(f"content model: {config.out}\nnext: python grpo.py --content {config.out}")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ import io
 import itertools
 import json
 import math
-import operator
-import os
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 STAGES = ("Cue Encoding", "Cue Interpretation", "Goal Clarification", "Response Generation")
@@ -72,9 +71,7 @@ class Problem:
         if not 2 <= len(self.options) <= 26:
             raise ValueError(f"a problem needs 2 to 26 options, got {len(self.options)}")
         if self.answer not in tuple(self.letters):
-            raise ValueError(
-                f"answer {self.answer!r} has no option: expected one of {self.letters}"
-            )
+            raise ValueError(f"answer {self.answer!r} has no option among {self.letters}")
 
     @property
     def letters(self) -> str:
@@ -143,9 +140,7 @@ def parse_response(text: str, problem: Problem) -> Response:
     before, think, behind = split_at_block(text, "think")
     between, block, after = split_at_block(behind, "answer")
     _, second_block, _ = split_at_block(after, "answer")
-    answer = None
-    if block is not None and second_block is None:
-        answer = read_answer(block, problem)
+    answer = read_answer(block or "", problem) if second_block is None else None
     think = (think or "").strip()
     outside = before + between + after
     well_formed = think != "" and answer is not None and outside.strip() == ""
@@ -160,13 +155,11 @@ def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:
     `<think >` is no tag. Where there is no block, nothing stands before it, None is inside it, and
     the whole text stands behind it.
     """
-    opening = re.search(f"(?ai)<{tag}>", text)
-    if opening is None:
+    before, *rest = re.split(f"(?ai)<{tag}>", text, maxsplit=1)
+    inside, *behind = re.split(f"(?ai)</{tag}>", "".join(rest), maxsplit=1)
+    if not behind:
         return "", None, text
-    closing = re.compile(f"(?ai)</{tag}>").search(text, opening.end())
-    if closing is None:
-        return "", None, text
-    return text[: opening.start()], text[opening.end() : closing.start()], text[closing.end() :]
+    return before, inside, behind[0]
 
 
 def read_answer(block: str, problem: Problem) -> str | None:
@@ -208,10 +201,8 @@ def bare(text: str) -> str:
 # "Stage 2 -", bullets, # and * may stand before it, emphasis, a colon or a dash behind it [O].
 # Every name is a group of the pattern: group 1 is the first stage.
 NAMES = "|".join(f"({re.escape(name)})" for name in STAGES)
-HEADING = re.compile(
-    rf"^(?:[ #*>+•·◦▪●–—-]|[\d.:()\[\]]|step|stage)*+(?:{NAMES})\b[ *#]*+[:–—-]*+[ *#]*+",
-    re.IGNORECASE | re.ASCII | re.MULTILINE,
-)
+NUMBERING = r"(?:[ #*>+•·◦▪●–—-]|[\d.:()\[\]]|step|stage)*+"
+HEADING = re.compile(rf"(?aim)^{NUMBERING}(?:{NAMES})\b[ *#]*+[:–—-]*+[ *#]*+")
 
 
 def stage_spans(think: str) -> list[tuple[str, int, int]]:
@@ -286,8 +277,7 @@ class World:
         self.people = people
         self.present = set(people)
         self.value, self.said = "", ""
-        pairs = itertools.product(people, repeat=2)
-        self.models: dict[tuple[str, str], View] = {pair: [] for pair in pairs}
+        self.models = {pair: [] for pair in itertools.product(people, repeat=2)}
         self.views = {a: self.models[a, a] for a in people}
 
     def apply(self, event: Event) -> None:
@@ -313,8 +303,7 @@ class World:
 
 def believed(view: View) -> str:
     """Return the value that a person with this view takes to be real: the last one not missed."""
-    perceived = [value for verb, value in view if verb != "missed"]
-    return perceived[-1] if perceived else ""
+    return next((value for verb, value in reversed(view) if verb != "missed"), "")
 
 
 # ------------------------------------------------------------- the simulator: words and scripts
@@ -329,44 +318,27 @@ ABILITIES = tuple(WORDS)
 TWISTS = ("unseen change", "being told", "peeking", "false report", "second order")
 # The kind of fact that changes: place, wish, plan or parcel.
 FAMILY = {ability: words["family"] for ability, words in WORDS.items()}
-FEELINGS = STORIES["feelings"]  # how X feels, by what a parcel does to X
-AIMS = STORIES["aims"]  # what X wants, by what X's words are
 
-
-@dataclass(frozen=True)
-class Lexicon:
-    """Nouns, sentences and scripts."""
-
-    names: list[str]
-    rooms: list[str]
-    objects: list[str]
-    values: dict[str, list[str]]  # by family
-    sentences: dict[str, list[str]]  # by "family event", or "event" for all families
-    scripts: dict[str, dict[str, list[dict[str, str]]]]  # by kind and twist
-
-
+# A lexicon has names, rooms and objects; values, by family; sentences, by "family event", or by
+# "event" for all families; and scripts, by the kind of story ("one mind" ...) and by twist.
+Lexicon = SimpleNamespace
 MAIN = Lexicon(**STORIES["main"])  # of the splits train and test
 SHIFT = Lexicon(**STORIES["shift"])  # of the split shift: nothing that is trained on
 
-
 # A script is a line of steps. A step says who acts, what happens, to whom, and which of the story's
-# four values it is about: "m=2" m makes value 2 real, "x-" x leaves, "x+" x comes back, "x?" x
-# peeks, "m>x2" m tells x value 2, "x!y2" x says value 2 to y. The example above has the script
-# "m=1 x- m=2 x+", and its control "m=1 x- x+ m=2".
+# four values it is about: "m=2" m makes value 2 real, "x-" x leaves, "x+" x comes back, "x?2" x
+# peeks and sees value 2, "m>x2" m tells x value 2, "x!y2" x says value 2 to y. The example above
+# has the script "m=1 x- m=2 x+", and its control "m=1 x- x+ m=2".
 STEP = re.compile(r"([xym])([=\-+?>!])([xym]?)([1-4]?)")
 KINDS = {"=": "set", "-": "leave", "+": "return", "?": "peek", ">": "tell", "!": "say"}
 
 
 def read_script(script: str, cast: dict[str, str], values: list[str]) -> list[Event]:
     """Turn a script into events."""
-    events, real = [], ""
+    events = []
     for step in script.split():
         actor, sign, target, place = STEP.fullmatch(step).groups()
         value = values[int(place) - 1] if place else ""
-        if sign == "=":
-            real = value
-        elif sign == "?":
-            value = real
         events.append(Event(KINDS[sign], cast[actor], value, cast.get(target, "")))
     return events
 
@@ -435,7 +407,7 @@ def conclude(story: Story, world: World, views: list[View]) -> str:
     ability, cast = story.problem.ability, story.cast
     beliefs = [believed(view) for view in views]
     if ability == "emotion":
-        return FEELINGS[story.likes[beliefs[0]]]
+        return WORDS[ability]["feelings"][story.likes[beliefs[0]]]
     if ability == "knowledge":
         knowing = [cast[role] for role, belief in zip("xy", beliefs) if belief == world.value]
         if len(knowing) == 1:
@@ -455,9 +427,8 @@ def write_stages(story: Story, views: list[View]) -> list[str]:
     if "y" in cast:
         cues.append(f"Really {words['thought'].format(**cast, v=world.value)}.")
     for (role, knower), view in zip(perspectives(story), views):
-        knows, thinks = f"{cast[knower]} knows that ", f"{cast[knower]} thinks that "
-        if knower == role:
-            knows = thinks = ""
+        knows = "" if knower == role else f"{cast[knower]} knows that "
+        thinks = "" if knower == role else f"{cast[knower]} thinks that "
         perceived = [f"{verb} {words['thing'].format(v=value)}" for verb, value in view]
         thought = words["thought"].format(**cast, v=believed(view))
         cues.append(f"{knows}{cast[role]} {join_words(perceived) or 'noticed nothing'}.")
@@ -465,7 +436,7 @@ def write_stages(story: Story, views: list[View]) -> list[str]:
     if world.said:
         cues.append(f"{cast['x']} said {world.said}.")
     belief, option = believed(views[0]), conclude(story, world, views)
-    feeling, aim = story.likes.get(belief), AIMS.get(option)
+    feeling, aim = story.likes.get(belief), words.get("aims", {}).get(option)
     goal = words["goal"].format(**cast, belief=belief, feeling=feeling, aim=aim)
     conclusion = words["conclusion"].format(**cast, option=option)
     letter = letter_of(story.problem, option)
@@ -529,7 +500,8 @@ def make_twins(split: str, seed: int, pair: int) -> list[Story]:
     lexicon = SHIFT if split == "shift" else MAIN
     scripts = rng.choice(lexicon.scripts[words["scripts"]][twist])
     cast, values = draw_cast(rng, lexicon, ability, split)
-    likes = dict(zip(values, rng.sample(list(FEELINGS), 4))) if ability == "emotion" else {}
+    effects = list(words.get("feelings", ()))
+    likes = dict(zip(values, rng.sample(effects, len(effects))))
     wording = {event: rng.choice(sentences) for event, sentences in lexicon.sentences.items()}
     people = people_of(cast)
     feelings = [f"the {value} {feeling} {cast['x']}" for value, feeling in likes.items()]
@@ -539,10 +511,10 @@ def make_twins(split: str, seed: int, pair: int) -> list[Story]:
     options = [option.format(**cast) for option in options]
     rng.shuffle(options)
     # A value that is named in passing, so that the first and the last one named do not tell much.
-    note_place = rng.choice(("first", "last", "nowhere"))
+    notes_before, notes_after = rng.choice(((1, 0), (0, 1), (0, 0)))
     note = Event("note", cast["m"], rng.choice(values))
     if "option" not in words:
-        note_place = "nowhere"
+        notes_before = notes_after = 0
 
     order = "second-order question" if twist == "second order" else "question"
     question = words[order].format(**cast)
@@ -550,10 +522,7 @@ def make_twins(split: str, seed: int, pair: int) -> list[Story]:
     stories = []
     for variant in ("hard", "control"):
         events = read_script(scripts[variant], cast, values)
-        if note_place == "first":
-            events.insert(0, note)
-        elif note_place == "last":
-            events.append(note)
+        events = [note] * notes_before + events + [note] * notes_after
         text = tell(events, wording, FAMILY[ability], opening)
         # Until the story is solved, its answer and its shortcut are "A".
         problem = Problem(text, question, options, answer="A", variant=variant, **origin)
@@ -616,12 +585,10 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
     A JSON file holds a list of rows, alone or under "data"; if it holds anything else it has no
     rows. A file that cannot be read, and a broken row, are ValueErrors that name file and line.
     """
-    readers = {".csv": read_csv, ".json": read_json_list}
-    read = readers.get(file.suffix.lower(), read_jsonl)
+    read = {".csv": read_csv, ".json": read_json_list}.get(file.suffix.lower(), read_jsonl)
     for number, row in read(file, read_lines(file)):
         if not isinstance(row, dict):
-            got = type(row).__name__
-            raise ValueError(f"{file}:{number}: expected a JSON object, got {got}")
+            raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
         yield number, row
 
 
@@ -633,10 +600,9 @@ def read_jsonl(file: Path, lines: io.StringIO) -> Iterator[tuple[int, object]]:
 
 def read_json_list(file: Path, lines: io.StringIO) -> Iterator[tuple[int, object]]:
     value = parse_json(lines.read(), file, 1)
-    if isinstance(value, dict):
-        value = value.get("data")
-    if isinstance(value, list):
-        yield from enumerate(value, start=1)
+    rows = value.get("data") if isinstance(value, dict) else value
+    if isinstance(rows, list):
+        yield from enumerate(rows, start=1)
 
 
 def read_csv(file: Path, lines: io.StringIO) -> Iterator[tuple[int, dict]]:
@@ -644,8 +610,8 @@ def read_csv(file: Path, lines: io.StringIO) -> Iterator[tuple[int, dict]]:
     try:
         for row in reader:
             if None in row:
-                place = f"{file}:{reader.line_num}"
-                raise ValueError(f"{place}: more cells than the {len(row) - 1} columns")
+                cells = f"more cells than the {len(row) - 1} columns"
+                raise ValueError(f"{file}:{reader.line_num}: {cells}")
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{file}:{reader.reader.line_num}: broken row: {error}") from None
@@ -659,8 +625,7 @@ def read_lines(file: Path) -> io.StringIO:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{file}:{line}: not UTF-8: {error.reason}") from None
     except OSError as error:
-        expected = "expected a .jsonl, .json or .csv file, or a folder of them"
-        raise ValueError(f"{file}: {error.strerror}; {expected}") from None
+        raise ValueError(f"{file}: {error.strerror}; expected a JSONL, JSON or CSV file") from None
 
 
 def parse_json(text: str, file: Path, line: int) -> object:
@@ -678,7 +643,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that it is complete or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -688,34 +653,35 @@ def write_json(path: Path, value: object) -> None:
 # ------------------------------------------------------------------------ settings, command lines
 
 
-def setting(default, help, low=None, high=None, above=None, choices=(), kind=None):
+def setting(default, help, low=-math.inf, high=math.inf, above=-math.inf, kind=None, **options):
     """Declare a field of a Settings class: its default, its meaning, and which values are allowed.
 
-    A number is finite, from `low` to `high`, and greater than `above`. `kind` is the type, and must
-    be given if the default is None.
+    A number is finite, from `low` to `high`, and greater than `above`. `kind` is the type; it must
+    be given if the default is None. The `options` choices, nargs and metavar mean what they mean to
+    argparse: with nargs a field holds a list of values of this kind.
     """
-    rule = {"help": help, "low": low, "high": high, "above": above, "choices": choices}
+    rule = {"help": help, "low": low, "high": high, "above": above, "options": options}
     return field(default=default, metadata=rule | {"kind": kind or type(default)})
-
-
-BOUNDS = {"low": ("at least", operator.ge), "above": ("above", operator.gt)}
-BOUNDS |= {"high": ("at most", operator.le)}
 
 
 def expected_instead(value: object, rule: dict) -> str:
     """Say what was expected where a value breaks the rule of its field; "" where it does not."""
-    kind, choices = rule["kind"], rule["choices"]
+    kind, low, above, high = rule["kind"], rule["low"], rule["above"], rule["high"]
+    choices = rule["options"].get("choices")
     if choices:
-        return "" if value in choices else "one of " + ", ".join(map(str, choices))
+        return "" if value in choices else "one of " + ", ".join(choices)
     if kind not in (int, float):
         return "" if isinstance(value, kind) else kind.__name__
-    fits = type(value) in (int, kind) and -math.inf < value < math.inf
-    expected = ["a whole number" if kind is int else "a finite number"]
-    for name, (words, holds) in BOUNDS.items():
-        if rule[name] is not None:
-            expected.append(f"{words} {rule[name]}")
-            fits = fits and holds(value, rule[name])
-    return "" if fits else ", ".join(expected)
+    if type(value) in (int, kind) and low <= value <= high and above < value < math.inf:
+        return ""
+    bounds = {"at least": low, "above": above, "at most": high}.items()
+    limits = [f", {words} {bound}" for words, bound in bounds if abs(bound) < math.inf]
+    return ("a whole number" if kind is int else "a finite number") + "".join(limits)
+
+
+def settings_of(owner: object) -> list:
+    """Return the fields of a Settings class that `setting` has made; it may have others, too."""
+    return [entry for entry in fields(owner) if entry.metadata]
 
 
 def flag_of(name: str) -> str:
@@ -731,30 +697,37 @@ class Settings:
     """
 
     def __post_init__(self):
-        for entry in fields(self):
+        for entry in settings_of(self):
             value = getattr(self, entry.name)
             if value is None and entry.default is None:
                 continue
-            expected = expected_instead(value, entry.metadata)
-            if expected:
-                raise ValueError(f"{flag_of(entry.name)} {value}: expected {expected}")
+            items = value if "nargs" in entry.metadata["options"] else [value]
+            for item in items:
+                expected = expected_instead(item, entry.metadata)
+                if expected:
+                    raise ValueError(f"{flag_of(entry.name)} {item}: expected {expected}")
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser, *presets: "Settings") -> None:
-        """Add a flag for every field, None unless given; its help ends with the presets' values."""
-        for entry in fields(cls):
-            rule = entry.metadata
-            reading = {"type": rule["kind"], "choices": rule["choices"] or None}
-            if rule["kind"] is bool:
+        """Add a flag for every field, None unless given.
+
+        Its help ends with the presets' values, unless the default is None: then the help itself
+        says what happens without the flag.
+        """
+        for entry in settings_of(cls):
+            text, kind = entry.metadata["help"], entry.metadata["kind"]
+            reading = {"type": kind, **entry.metadata["options"]}
+            if kind is bool:
                 reading = {"action": argparse.BooleanOptionalAction}
-            values = [getattr(preset, entry.name) for preset in presets or (cls(),)]
-            defaults = " | ".join(dict.fromkeys(str(value) or "none" for value in values))
-            text = f"{rule['help']} ({defaults})".replace("%", "%%")
-            parser.add_argument(flag_of(entry.name), **reading, help=text)
+            if entry.default is not None:
+                values = [getattr(preset, entry.name) for preset in presets or (cls(),)]
+                defaults = " | ".join(dict.fromkeys(str(value) or "none" for value in values))
+                text = f"{text} ({defaults})"
+            parser.add_argument(flag_of(entry.name), **reading, help=text.replace("%", "%%"))
 
     def updated(self, args: argparse.Namespace) -> "Settings":
         """Return these settings with the values that were given on the command line."""
-        given = {entry.name: getattr(args, entry.name, None) for entry in fields(self)}
+        given = {entry.name: getattr(args, entry.name, None) for entry in settings_of(self)}
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -25,6 +25,7 @@ import json
 import random
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,10 +33,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import Tokenizer, Transformer, generate, load_model  # noqa: E402
-from rewards import Pair, hold_out, parse_groups, segment_pairs, words  # noqa: E402
-from socialr1 import FAMILY, MAIN, SHIFT, STAGES, Parser, Story, View, believed  # noqa: E402
-from socialr1 import build_messages, exit_on_error, generate_stories, gold_stages  # noqa: E402
-from socialr1 import replay, write_text  # noqa: E402
+from rewards import Pair, hold_out, parse_groups, words  # noqa: E402
+from socialr1 import FAMILY, MAIN, SHIFT, STAGES, Parser, Problem, Response  # noqa: E402
+from socialr1 import Story, View, believed, build_messages, exit_on_error  # noqa: E402
+from socialr1 import generate_stories, gold_stages, replay, write_text  # noqa: E402
 
 KINDS = (
     "wrong person",
@@ -204,6 +205,9 @@ def babble(at_hand: list[str], count: int, rng: random.Random) -> str:
 # ------------------------------------------------------------------------ pairs of rollouts
 
 
+Judge = Callable[[str, str], bool]  # (stage, text) -> is it grounded in the story?
+
+
 def rollout_pairs(
     policy: Transformer, tokenizer: Tokenizer, stories: list[Story], samples: int, seed: int
 ) -> list[Pair]:
@@ -229,6 +233,24 @@ def rollout_pairs(
                 return facts(text) == facts(true_segments[stage])  # noqa: B023
 
             pairs += segment_pairs(story.problem, group, judge)
+    return pairs
+
+
+def segment_pairs(problem: Problem, responses: list[Response], judge: Judge) -> list[Pair]:
+    """Pair segments of several trajectories of one problem, as the paper does [P].
+
+    The paper samples 6 trajectories for each of 700 problems, cuts them into stages, and asks a
+    judge which of two segments of the same stage is better grounded. Here `judge(stage, text)`
+    says whether a segment is true, and a true segment is chosen over each that is not [O].
+    """
+    pairs = []
+    for stage in STAGES:
+        said = [dict(response.stages).get(stage) for response in responses]
+        texts = dict.fromkeys(text for text in said if text)
+        true = [text for text in texts if judge(stage, text)]
+        false = [text for text in texts if text not in true]
+        about = (problem.story, problem.question, stage)
+        pairs += [Pair(*about, true[0], text, "rollout") for text in false if true]
     return pairs
 
 

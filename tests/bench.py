@@ -99,11 +99,11 @@ def least_seconds(
     two counts. The prompts are pure arithmetic.
     """
     c = config
-    attention = c.hidden_size * (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    body = c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+    attention = c.hidden_size * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    body = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
     head = c.vocab_size * c.hidden_size
-    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # numbers per token
-    attending = 4 * c.num_layers * c.num_heads * c.head_dim  # operations per attended position
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # numbers per token
+    attending = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim  # FLOPs per position
 
     prompts = 2 * body * P * PROMPT + 2 * head * P + attending * P * PROMPT**2 / 2
     total = prompts / operation_rate

@@ -24,7 +24,6 @@ from rewards import (
     hold_out,
     load_content_model,
     read_pairs,
-    segment_pairs,
     segment_scores,
     train_content_model,
     with_scalar_head,
@@ -34,7 +33,8 @@ from socialr1 import gold_stages, replay
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "assets"))
 import make_pairs  # noqa: E402
-from make_pairs import KINDS, corruptions, facts, rollout_pairs, story_pairs  # noqa: E402
+from make_pairs import KINDS, corruptions, facts, rollout_pairs  # noqa: E402
+from make_pairs import segment_pairs, story_pairs  # noqa: E402
 
 RAW = dict(
     model_type="qwen3",
@@ -479,11 +479,11 @@ def test_pair_files_are_read_and_their_mistakes_named(tmp_path):
             "pairs.jsonl:2: expected the texts story, question",
         ),
         (json.dumps(row | {"rejected": " "}), "pairs.jsonl:1: expected the texts"),
-        (json.dumps(row | {"rejected": "a"}), "chosen and rejected are the same"),
+        (json.dumps(row | {"rejected": "a"}), "the same text twice"),
         (json.dumps(row | {"story": "\ud83d"}), "half a surrogate pair"),
         (
             json.dumps(row | {"stage": "Thinking"}),
-            "pairs.jsonl:1: stage 'Thinking'; expected one of Cue Encoding",
+            "pairs.jsonl:1: stage 'Thinking'; expected Cue Encoding",
         ),
     ]:
         file.write_text(text)

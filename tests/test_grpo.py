@@ -50,7 +50,7 @@ def planted(monkeypatch):
 
 
 def run_in(folder, model, **changes):
-    return Run(model, folder, replace(CONFIG, **changes), RewardConfig())
+    return Run(replace(CONFIG, **changes), RewardConfig(), model=model, out=folder)
 
 
 def test_problems_are_walked_through_in_a_fresh_order_each_epoch():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import Tokenizer
-from rewards import RewardConfig, load_content_model, names_option, total_reward
+from rewards import RewardConfig, load_content_model, option_mentions, total_reward
 from socialr1 import STAGES, TINY, TINY_CONTENT, Problem, generate_stories, parse_response
 
 PROBLEM = Problem(
@@ -130,7 +130,7 @@ def test_every_text_has_one_outcome(text, answer, well_formed, stages):
     ],
 )
 def test_naming_options_in_hostile_ways(text, named):
-    assert names_option(text, PROBLEM) is named
+    assert bool(option_mentions(text, PROBLEM)) is named
 
 
 def test_options_that_contain_tags_letters_and_each_other():
@@ -144,11 +144,11 @@ def test_options_that_contain_tags_letters_and_each_other():
         response.answer is None and not response.well_formed
     )  # quoting the first option breaks the form
     assert parse_response(body(f"{CE} {problem.options[2]}", "C"), problem).well_formed
-    assert names_option("I choose Option A or B", problem)
+    assert option_mentions("I choose Option A or B", problem)
     longer = Problem(
         "s", "q", ("the red box on the shelf", "the red box on the shelf upstairs"), "A"
     )
-    assert names_option("it is THE RED BOX on the shelf!", longer) and not names_option(
+    assert option_mentions("it is THE RED BOX on the shelf!", longer) and not option_mentions(
         "the red box on a shelf", longer
     )
 

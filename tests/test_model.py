@@ -129,20 +129,20 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
     qwen = parse_config(short | dict(model_type="qwen3"))
     assert (
         qwen.head_dim,
-        qwen.num_kv_heads,
-        qwen.max_positions,
+        qwen.num_key_value_heads,
+        qwen.max_position_embeddings,
         qwen.rope_theta,
-        qwen.norm_eps,
-        qwen.tied,
+        qwen.rms_norm_eps,
+        qwen.tie_word_embeddings,
     ) == (128, 32, 32768, 1e4, 1e-6, False)
     llama = parse_config(short | dict(model_type="llama"))
     assert (
         llama.head_dim,
-        llama.num_kv_heads,
-        llama.max_positions,
+        llama.num_key_value_heads,
+        llama.max_position_embeddings,
         llama.rope_theta,
-        llama.norm_eps,
-        llama.tied,
+        llama.rms_norm_eps,
+        llama.tie_word_embeddings,
     ) == (2, 32, 2048, 1e4, 1e-6, False)
 
 
@@ -151,7 +151,7 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
     [
         (
             dict(model_type="qwen3_moe"),
-            "model_type = 'qwen3_moe', not supported; expected 'qwen3', 'llama'",
+            r"model_type = 'qwen3_moe', not supported; expected \('qwen3', 'llama'\)",
         ),
         (dict(model_type=None), "model_type = None, not supported"),
         (dict(model_type=["qwen3"]), "not supported"),
@@ -164,15 +164,14 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
             dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
             "expected one object for all layers",
         ),
-        (dict(rope_parameters={"rope_theta": 10**400}), "rope_theta = 10{400}; expected a number"),
+        (
+            dict(rope_parameters={"rope_theta": 10**400}),
+            "rope_theta = 10{400}; expected float above 0",
+        ),
         (dict(vocab_size=10**30), "vocab_size = 10{30}; expected"),
         (
             dict(rope_scaling=golden.LLAMA3 | dict(low_freq_factor=4.0)),
             "expected high_freq_factor above low_freq_factor",
-        ),
-        (
-            dict(rope_scaling=golden.LLAMA3, original_max_position_embeddings=9),
-            "and another original_max_position_embeddings beside it",
         ),
         (dict(use_sliding_window=True), "use_sliding_window = True"),
         (
@@ -184,14 +183,6 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
         (dict(hidden_act=None), "hidden_act = None, not supported"),
         (dict(is_causal=False), "is_causal = False, not supported"),
-        (
-            dict(num_hidden_layers=200_000),
-            "num_hidden_layers = 200000; expected a whole number, 1 to 1024",
-        ),
-        (
-            dict(vocab_size=2**31 - 1, hidden_size=2**31 - 2),
-            "vocab_size = 2147483647; expected a whole number, 1 to 16777216",
-        ),
         (dict(num_experts=8), "num_experts = 8"),
         (dict(quantization_config={"bits": 4}), "quantization_config = {'bits': 4}"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
@@ -207,9 +198,12 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
         (dict(rope_scaling="yarn"), "rope settings 'yarn'"),
         (dict(rope_parameters={"rope_theta": "much"}), "rope_theta = 'much'"),
         (dict(rms_norm_eps=None), "rms_norm_eps = None"),
-        (dict(hidden_size=None), "hidden_size = None; expected a whole number, 1 to 131072"),
+        (dict(hidden_size=None), "hidden_size = None; expected int above 0"),
         (dict(num_hidden_layers=2.5), "num_hidden_layers = 2.5"),
         (dict(vocab_size=True), "vocab_size = True"),
+        (dict(intermediate_size=0), "intermediate_size = 0; expected int above 0"),
+        (dict(num_attention_heads=0, head_dim=None), "num_attention_heads = 0; expected int"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps = nan; expected float above 0"),
         (dict(num_attention_heads=5), "5 heads of size 8 for 2 key heads"),
         (dict(head_dim=7), "heads of size 7"),
     ],
@@ -285,7 +279,7 @@ def test_tied_heads_may_be_stored_or_not_and_stay_tied(tmp_path):
     change_weights(tmp_path, change)
     with pytest.raises(
         ValueError,
-        match="lm_head.weight differs from the embedding, but config.json says tie_word_embeddings",
+        match="tie_word_embeddings, but lm_head.weight is another table",
     ):
         load_model(tmp_path)
 
@@ -319,28 +313,28 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
         (lambda w: w.pop(NORM), "1 missing: layers.1.self_attn.q_norm.weight"),
         (
             lambda w: w.update({NORM: torch.ones(9)}),
-            r"'model.layers.1.self_attn.q_norm.weight' has shape \(9,\), expected \(8,\)",
+            r"1.self_attn.q_norm.weight' is F32 of \(9,\), expected F32, F16 or BF16 of \(8,\)",
         ),
         (
             lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}),
-            "'model.layers.2.self_attn.q_norm.weight' has no place in this qwen3 model",
+            "no place for 'model.layers.2.self_attn.q_norm.weight', or it is there twice",
         ),
         (
             lambda w: w.update({NORM.replace("weight", "bias"): torch.ones(8)}),
-            "q_norm.bias' has no place",
+            "no place for 'model.layers.1.self_attn.q_norm.bias'",
         ),
         (lambda w: w.pop("lm_head.weight"), "1 missing: lm_head.weight"),
         (
             lambda w: w.update({NORM: torch.ones(8, dtype=torch.int8)}),
-            "q_norm.weight' is stored as I8, expected F32, F16 or BF16",
+            r"q_norm.weight' is I8 of \(8,\), expected F32, F16 or BF16",
         ),
         (
             lambda w: w.update({NORM: torch.ones(8).to(torch.float8_e4m3fn)}),
-            "is stored as F8_E4M3, expected",
+            "is F8_E4M3 of .*, expected F32",
         ),
         (
             lambda w: w.update({NORM.removeprefix("model."): torch.ones(8)}),
-            "is there twice, also in model.safetensors",
+            "layers.1.self_attn.q_norm.weight', or it is there twice",
         ),
     ],
 )
@@ -354,13 +348,13 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
 def test_bad_folders_and_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="none: no such model folder"):
         load_model(tmp_path / "none")
-    with pytest.raises(ValueError, match="config.json: no such file"):
+    with pytest.raises(ValueError, match="config.json: not readable as JSON: .*No such file"):
         load_model(tmp_path)
     save_model(filled(RAW), tmp_path)
     weights = (tmp_path / "model.safetensors").read_bytes()
     for broken in (b"no weights", weights[: len(weights) // 2], b""):
         (tmp_path / "model.safetensors").write_bytes(broken)
-        with pytest.raises(ValueError, match="model.safetensors: not a safetensors file"):
+        with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file"):
             load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights)
     (tmp_path / "model.safetensors.index.json").write_text(
@@ -374,10 +368,10 @@ def test_bad_folders_and_files_are_named(tmp_path):
         ("/etc/passwd", "is no name of a safetensors file in this folder"),
         ("..", "is no name of a safetensors file in this folder"),
         (7, "is no name of a safetensors file in this folder"),
-        ("x" * 300 + ".safetensors", "xxx.safetensors: no such weights file"),
+        ("x" * 300 + ".safetensors", "xxx.safetensors: not a readable safetensors file"),
         (
             "model-00009-of-00002.safetensors",
-            "model-00009-of-00002.safetensors: no such weights file",
+            "model-00009-of-00002.safetensors: not a readable safetensors file: No such file",
         ),
     ]:
         index.write_text(json.dumps({"weight_map": names | {NORM: entry}}))
@@ -389,11 +383,11 @@ def test_bad_folders_and_files_are_named(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="00002-of-00002.safetensors: tensor .* is there twice, also in model-00001-of-00002.safetensors",
+        match="00002-of-00002.safetensors: no place for .*, or it is there twice",
     ):
         load_model(tmp_path)
     for text, message in [
-        ("{}", "no weight_map"),
+        ("{}", "missing: embed_tokens.weight"),
         ("[1]", "expected a JSON object"),
         ("{", "not readable as JSON"),
         ("[" * 100_000, "not readable as JSON"),
@@ -632,6 +626,8 @@ def test_stop_ids_come_from_all_the_places_where_they_stand(generation, config, 
         ("{% for i in range(10 ** 9) %}{% endfor %}", "chat template failed"),
         ("{% if %}", "chat template failed"),
         ("{{ 1/0 }}", "chat template failed"),
+        (7, "chat template failed"),
+        ([{"name": "default", "template": "x"}], "chat template failed"),
         (None, "no chat template"),
     ],
 )
@@ -664,23 +660,11 @@ def test_older_folders_keep_special_tokens_in_a_file_of_their_own(tmp_path):
         (
             "generation_config.json",
             {"eos_token_id": [[2]]},
-            r"generation_config.json: eos_token_id is \[\[2\]\]; expected a token id or a list",
+            r"generation_config.json: eos_token_id is \[\[2\]\]; expected token ids",
         ),
         ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is '2'; expected"),
         ("config.json", {"eos_token_id": True}, "config.json: eos_token_id is True; expected"),
         ("config.json", {"eos_token_id": -1}, "eos_token_id is -1; expected"),
-        (
-            "generation_config.json",
-            {"max_new_tokens": "33"},
-            "max_new_tokens is '33'; expected a whole number above 0",
-        ),
-        ("generation_config.json", {"max_new_tokens": -5}, "max_new_tokens is -5; expected"),
-        ("tokenizer_config.json", {"chat_template": 7}, "chat_template is int; expected text"),
-        (
-            "tokenizer_config.json",
-            {"chat_template": [{"name": "default", "template": 7}]},
-            "chat_template is int; expected text",
-        ),
         ("tokenizer_config.json", [], "tokenizer_config.json: expected a JSON object, got list"),
     ],
 )
@@ -697,7 +681,6 @@ def test_settings_that_mean_nothing_are_passed_over(tmp_path):
         "bos_token": None,
         "pad_token": {"content": 5},
         "eos_token": {},
-        "chat_template": ["x", {"name": "rag", "template": "y"}],
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(odd))
     tokenizer = Tokenizer(tmp_path)
@@ -713,7 +696,7 @@ def test_texts_that_no_tokenizer_can_take_say_so(tmp_path):
 
 
 def test_bad_tokenizer_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file: No such file"):
         Tokenizer(tmp_path / "none")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer file"):

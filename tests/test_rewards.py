@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from eval import repetitions
 from model import Completion, Tokenizer
 from rewards import (
     TERMS,
@@ -13,11 +14,9 @@ from rewards import (
     curriculum,
     format_reward,
     length_reward,
-    names_option,
     option_mentions,
     outcome_reward,
     parse_groups,
-    repetitions,
     stage_order,
     structure_reward,
     total_reward,
@@ -76,7 +75,7 @@ def respond(*lines, answer="A"):
     ],
 )
 def test_naming_an_option(text, named):
-    assert names_option(text, PROBLEM) is named
+    assert bool(option_mentions(text, PROBLEM)) is named
 
 
 NINE = Problem("Anna left.", "Who?", tuple("abcdefghi"), "I")
@@ -117,8 +116,8 @@ NINE = Problem("Anna left.", "Who?", tuple("abcdefghi"), "I")
     ],
 )
 def test_the_letter_i_names_an_option_before_a_mark_only(text, named):
-    assert names_option(text, NINE) is named
-    assert not names_option("The answer is I.", PROBLEM)  # four options
+    assert bool(option_mentions(text, NINE)) is named
+    assert not option_mentions("The answer is I.", PROBLEM)  # four options
 
 
 def test_a_quotation_counts_where_neither_story_nor_question_says_it():
@@ -146,8 +145,8 @@ def test_a_quotation_counts_where_neither_story_nor_question_says_it():
         "A BOAT of\u200b his\u3000own",
     ]
     chinese = Problem("安娜走了", "谁", ("在红色的盒子里", "在包里"), "A")
-    assert names_option("它在红色的盒子里面", chinese)
-    assert not names_option("它在包里", chinese)
+    assert option_mentions("它在红色的盒子里面", chinese)
+    assert not option_mentions("它在包里", chinese)
 
 
 def test_mentions_are_places_of_the_text_as_it_stands():

@@ -8,6 +8,7 @@ import model as module
 from model import (
     Decoding,
     Packed,
+    Sampling,
     Transformer,
     choose,
     completion_logprobs,
@@ -132,8 +133,12 @@ def test_groups_may_differ_in_size_and_padding_is_zero(tiny):
             )
     nothing, mask = completion_logprobs(tiny, PROMPTS, [[], [], []])
     assert nothing.shape == mask.shape == (0, 0)
-    for prompts, groups in (([[]], [[[1]]]), ([[1]], [])):
-        with pytest.raises(ValueError, match="expected one for each, and no empty prompt"):
+    for prompts, groups, message in (
+        ([[]], [[[1]]], "prompt 0 is empty"),
+        ([[1]], [], "is shorter than argument 1"),
+        ([], [[[1]]], "is longer than argument 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
             completion_logprobs(tiny, prompts, groups)
 
 
@@ -297,19 +302,19 @@ def test_waves_hold_as_many_prompts_as_the_budget_allows(monkeypatch):
     # with 2 x 3 new tokens each, two of width 4 take 2 * (4 + 6) = 20, three of width 2 would take 3 * (2 + 6) = 24
     prompts = [[5], [1, 2, 3, 4], [8], [6, 7, 8], [9, 9], [5]]
     monkeypatch.setattr(module, "logits_in_tokens", lambda config: 0)
-    assert list(waves(None, prompts, 2, 3, token_budget=20)) == [
+    assert list(waves(None, prompts, Sampling(2, 3, token_budget=20))) == [
         [(1, 2, 3, 4), (6, 7, 8)],
         [(9, 9), (5,)],
         [(8,)],
     ]
-    assert list(waves(None, prompts, 2, 3, token_budget=1)) == [
+    assert list(waves(None, prompts, Sampling(2, 3, token_budget=1))) == [
         [(1, 2, 3, 4)],
         [(6, 7, 8)],
         [(9, 9)],
         [(5,)],
         [(8,)],
     ]
-    assert list(waves(None, [], 2, 3, token_budget=1)) == []
+    assert list(waves(None, [], Sampling(2, 3, token_budget=1))) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------- choosing a token
@@ -331,7 +336,7 @@ def test_settings_of_choose_combine():
         return choose(
             log_probs,
             torch.tensor([uniform], dtype=torch.float64),
-            **dict(temperature=1.0, top_p=1.0, top_k=0) | settings,
+            Sampling(**settings),
         ).item()
 
     # top-k first: of the three best (.9 together) .5 and .25 reach .8 * .9, so the third is out; top-p first would keep it (.75 < .8)
@@ -348,27 +353,42 @@ def test_settings_of_choose_combine():
 def test_choose_follows_the_distribution():
     log_probs = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4, 1)
     u = torch.tensor([0.49, 0.51, 0.81, 0.96], dtype=torch.double)
-    assert choose(log_probs, u, 1.0, 1.0, 0).tolist() == [0, 1, 2, 3]
-    assert choose(log_probs, u, 1.0, 1.0, 2).tolist() == [
+    assert choose(log_probs, u, Sampling(temperature=1.0, top_p=1.0, top_k=0)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert choose(log_probs, u, Sampling(temperature=1.0, top_p=1.0, top_k=2)).tolist() == [
         0,
         0,
         1,
         1,
     ]  # renormalised over two: the edge is at 0.625
-    assert choose(log_probs, u, 1.0, 0.9, 0).tolist() == [
+    assert choose(log_probs, u, Sampling(temperature=1.0, top_p=0.9, top_k=0)).tolist() == [
         0,
         0,
         1,
         2,
     ]  # over three: edges at 0.526 and 0.842
-    assert choose(log_probs, u, 1.0, 0.001, 0).tolist() == [
+    assert choose(log_probs, u, Sampling(temperature=1.0, top_p=0.001, top_k=0)).tolist() == [
         0,
         0,
         0,
         0,
     ]  # the likeliest always stays
-    assert choose(log_probs, u, 1.0, 1.0, 99).tolist() == [0, 1, 2, 3]  # more than there are
-    assert choose(log_probs, u, 0.0, 1.0, 0).tolist() == [0, 0, 0, 0]
+    assert choose(log_probs, u, Sampling(temperature=1.0, top_p=1.0, top_k=99)).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]  # more than there are
+    assert choose(log_probs, u, Sampling(temperature=0.0, top_p=1.0, top_k=0)).tolist() == [
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_temperature_two_takes_square_roots():
@@ -376,7 +396,14 @@ def test_temperature_two_takes_square_roots():
         torch.tensor([0.64, 0.16, 0.16, 0.04]).log().repeat(6, 1)
     )  # roots 0.8 0.4 0.4 0.2 over 1.8: edges at 4/9, 6/9, 8/9
     u = torch.tensor([0.44, 0.45, 0.66, 0.67, 0.88, 0.89], dtype=torch.double)
-    assert choose(log_probs, u, 2.0, 1.0, 0).tolist() == [0, 1, 1, 2, 2, 3]
+    assert choose(log_probs, u, Sampling(temperature=2.0, top_p=1.0, top_k=0)).tolist() == [
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 61, 128, 129, 5000])
@@ -414,7 +441,7 @@ def test_draws_at_the_ends_never_take_an_id_without_probability():
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, 61]], {}, "ids from 1 to 61, the vocabulary 61"),
         ([[-1]], {}, "ids from -1 to -1"),
-        ([[1]], dict(max_new_tokens=64), r"takes 1 \+ 64 positions, the model's context 64"),
+        ([[1]], dict(max_new_tokens=64), r"prompt 0 takes 1 \+ 64 positions, the context has 64"),
         ([[1]], dict(group_size=0), "group_size = 0; expected"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens = 0; expected"),
         ([[1]], dict(temperature=-1.0), "temperature = -1.0; expected"),

@@ -616,7 +616,7 @@ def test_broken_files_are_named_with_the_line(tmp_path):
             list(read_rows(tmp_path / name))
     with pytest.raises(
         ValueError,
-        match="none.csv: No such file or directory; expected a .jsonl, .json or .csv file",
+        match="none.csv: No such file or directory; expected a JSONL, JSON or CSV file",
     ):
         list(read_rows(tmp_path / "none.csv"))
 
@@ -630,6 +630,7 @@ class Oven(Settings):
     pizza: bool = setting(False, "bake a pizza")
     timer: float = setting(None, "minutes", low=0, kind=float)
     book: Path = setting(None, "recipes", kind=Path)
+    eaters: list = setting(None, "those who eat", kind=str, nargs="+", metavar="NAME")
     note: str = setting("", "what to remember")
 
 
@@ -656,6 +657,7 @@ class Oven(Settings):
         (dict(timer=-1.0), "--timer -1.0: expected a finite number, at least 0"),
         (dict(timer="soon"), "--timer soon: expected a finite number, at least 0"),
         (dict(book="x"), "--book x: expected Path"),
+        (dict(eaters=["Anna", 7]), "--eaters 7: expected str"),
         (dict(note=7), "--note 7: expected str"),
     ],
 )
@@ -676,6 +678,7 @@ def test_good_settings_pass():
         dict(timer=3),
         dict(heat=10**400),
         dict(book=Path("x")),
+        dict(eaters=["Anna", "Ben"]),
     ):
         assert all(getattr(Oven(**values), name) == value for name, value in values.items())
 
@@ -691,11 +694,12 @@ def test_flags_are_made_from_settings():
             Oven(trays=3, pizza=True, timer=0.0, book=Path("a/b")),
         ),
         (["--no-pizza", "--note", ""], Oven(trays=3)),
+        (["--eaters", "Anna", "Ben"], Oven(trays=3, eaters=["Anna", "Ben"])),
     ]:
         assert Oven(trays=3).updated(parser.parse_args(arguments)) == expected
     assert Oven(pizza=True).updated(parser.parse_args(["--no-pizza"])) == Oven()
     assert vars(parser.parse_args([])) == dict.fromkeys(
-        ("trays", "heat", "share", "fan_speed", "pizza", "timer", "book", "note")
+        ("trays", "heat", "share", "fan_speed", "pizza", "timer", "book", "eaters", "note")
     )
     for arguments, message in [
         (["--trays", "many"], "argument --trays: invalid int value: 'many'; see --help"),
@@ -712,7 +716,8 @@ def test_flags_are_made_from_settings():
         "trays in it (2 | 4)",
         "degrees (180.0)",
         "of 100% butter (0.5)",
-        "minutes (None | 5.0)",
+        "--timer TIMER minutes --book",  # what None means is for the text to say
+        "--eaters NAME [NAME ...]",
         "what to remember (none | x)",
         "bake a pizza (False)",
     ):

@@ -339,7 +339,7 @@ CONFIG = GRPOConfig(
 
 
 def run_in(folder: Path, **changes) -> Run:
-    return Run(TINY, folder, replace(CONFIG, **changes), RewardConfig())
+    return Run(replace(CONFIG, **changes), RewardConfig(), out=folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
