@@ -80,6 +80,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -112,9 +113,9 @@ from model import CARRIED, REORDER_LIMIT, SAMPLING_BUDGET, ChunkedLogProbs, Comp
 from model import ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate
 from model import load_model, logits_in_tokens, logprobs_and_entropy, new_folder, open_weights, pad
 from model import prefill_tokens, read_config, read_json, weight_files, write_model
-from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model
+from rewards import ContentModel, RewardConfig, curriculum, load_content_model
 from rewards import parse_groups, total_reward
-from socialr1 import TINY, TINY_CONTENT, Parser, Problem, Response, Settings, build_messages
+from socialr1 import TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
 from socialr1 import exit_on_error, generate_problems, setting, write_json, write_text
 
 # -------------------------------------------------------------------------------- the objective
@@ -187,6 +188,8 @@ def grpo_loss(
     """
     if beta and ref_logprobs is None:
         raise ValueError(f"beta is {beta}: the KL term needs ref_logprobs")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: expected one of {REDUCTIONS}")
     mask = completion_mask.bool()
     counts = mask.sum(dim=1)  # (B,)
     # Padding is replaced and not multiplied by 0: 0 * NaN would be NaN.
@@ -205,14 +208,12 @@ def grpo_loss(
     totals = token_loss.sum(dim=1)  # (B,)
     if reduction == "grpo":
         totals = totals / counts.clamp(min=1)
+    tokens = int(counts.sum())
     if normalizer is None:
-        normalizer = loss_normalizer(len(mask), int(counts.sum()), reduction, max_length)
-    tokens = max(int(counts.sum()), 1)
-    metrics = {
-        "kl": float(torch.where(mask, kl, 0.0).sum().detach()) / tokens,
-        "clip_fraction": float(((clipped < unclipped) & mask).sum()) / tokens,
-        "tokens": float(counts.sum()),
-    }
+        normalizer = loss_normalizer(len(mask), tokens, reduction, max_length)
+    clip_fraction = float(((clipped < unclipped) & mask).sum()) / max(tokens, 1)
+    mean_kl = float(torch.where(mask, kl, 0.0).sum().detach()) / max(tokens, 1)
+    metrics = {"kl": mean_kl, "clip_fraction": clip_fraction, "tokens": float(tokens)}
     return totals.sum() / max(normalizer, 1), metrics
 
 
@@ -222,16 +223,20 @@ def loss_normalizer(
     """Return what the summed loss of so many completions and tokens is divided by."""
     if reduction == "dr_grpo" and max_length is None:
         raise ValueError("reduction 'dr_grpo' divides by a constant length: pass max_length")
-    if reduction == "grpo":
-        return completions
-    if reduction == "dapo":
-        return tokens
-    if reduction == "dr_grpo":
-        return completions * max_length
-    raise ValueError(f"unknown reduction {reduction!r}: expected 'grpo', 'dapo' or 'dr_grpo'")
+    counts = {"grpo": completions, "dapo": tokens, "dr_grpo": completions * (max_length or 0)}
+    return counts[reduction]
 
 
 # ------------------------------------------------------------------------------------- one step
+
+
+@dataclass
+class Policies:
+    """The policy that is trained, the reference it must stay near, and the policy's optimizer."""
+
+    model: Transformer
+    reference: Transformer | None  # the model that training began with; None at beta 0
+    optimizer: torch.optim.Optimizer
 
 
 @dataclass
@@ -242,9 +247,7 @@ class Training:
     held_out: dict[str, list[Problem]]  # sets to evaluate on, by name
     tokenizer: Tokenizer
     content_model: ContentModel | None  # computes R_content
-    model: Transformer  # the policy
-    reference: Transformer | None  # the model that training began with; None at beta 0
-    optimizer: torch.optim.Optimizer
+    policies: Policies
 
 
 @dataclass
@@ -265,7 +268,7 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     problems = of_this_process(problems)
     prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
     groups = generate(
-        full_copy(training.model, run.device, run.dtype),
+        full_copy(training.policies.model, run),
         prompts,
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
@@ -291,10 +294,10 @@ def train_step(training: Training, run: Run, step: int) -> dict:
 
     # 4. Update: make the better ones more likely and the worse ones less.
     lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    for parameters in training.optimizer.param_groups:
+    for parameters in training.policies.optimizer.param_groups:
         parameters["lr"] = lr
     rollout = list(map(Group, prompts, groups, advantages.tolist()))
-    metrics = update(training.model, training.reference, training.optimizer, rollout, config)
+    metrics = update(training.policies, rollout, config)
     clock.lap("update")
 
     # 5. Log: rewards and their terms, the update, and where the time went.
@@ -330,15 +333,13 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     return chosen
 
 
+Grid = list[list]  # P lists of G each: something for every completion
+
+
 def score(
-    problems: list[Problem],
-    groups: list[list[Completion]],
-    responses: list[list[Response]],
-    contents: list[list[float | None]],
-    tau: float,
-    config: RewardConfig,
-) -> list[list[Reward]]:
-    """Compute the reward of every completion, given its R_content; P lists of G each."""
+    problems: list, groups: Grid, responses: Grid, contents: Grid, tau: float, config: RewardConfig
+) -> Grid:
+    """Compute the Reward of every Completion, given its Response and its R_content."""
     rewards = []
     for problem, *columns in zip(problems, groups, responses, contents):
         group = []
@@ -349,11 +350,11 @@ def score(
     return rewards
 
 
-def log_line(step: int, groups: list, rewards: list[list[Reward]], facts: dict) -> dict:
+def log_line(step: int, groups: Grid, rewards: Grid, facts: dict) -> dict:
     """Collect a step's line for metrics.jsonl: means over all completions, in all processes.
 
-    groups and rewards hold P lists of G; `facts` go into the line as they are. What is not known
-    (R_content without a content model, the KL without a reference) or not finite is None.
+    `facts` go into the line as they are. What is not known (R_content without a content model, the
+    KL without a reference) or not finite is None.
     """
     completions = [completion for group in groups for completion in group]
     parts = [reward.parts | {"reward": reward.total} for group in rewards for reward in group]
@@ -383,23 +384,18 @@ def known(values: dict) -> dict:
 # ----------------------------------------------------------------------------------- the update
 
 
-def update(
-    model: Transformer,
-    reference: Transformer | None,
-    optimizer: torch.optim.Optimizer,
-    rollout: list[Group],
-    config: GRPOConfig,
-) -> dict[str, float]:
+def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict[str, float]:
     """Go through the rollout in minibatches of whole groups, with one optimizer step each.
 
     An update whose loss or gradient is not finite is skipped and counted. Returns metrics of the
     whole pass: loss and gradient norm are means over the completions of the updates that were made,
     the others over all tokens.
     """
+    model, optimizer = policies.model, policies.optimizer
     sums = dict.fromkeys(("kl", "clip_fraction", "entropy", "tokens"), 0.0)
     losses, norms, weights, drifts = [], [], [], []
     for minibatch in minibatches(rollout, config.minibatches):
-        batch_sums, drift = accumulate(model, reference, minibatch, config)
+        batch_sums, drift = accumulate(policies, minibatch, config)
         norm = float(full_tensor(clip_grad_norm_(model.parameters(), config.max_grad_norm)))
         if math.isfinite(batch_sums["loss"]) and math.isfinite(norm):
             optimizer.step()
@@ -412,11 +408,12 @@ def update(
             sums[name] += batch_sums[name]
     tokens = max(sums.pop("tokens"), 1)
     means = {name: value / tokens for name, value in sums.items()}
-    if reference is None:
+    if policies.reference is None:
         means["kl"] = None
+    made = max(sum(weights), 1)
     return {
-        "loss": weighted_mean(losses, weights),
-        "grad_norm": weighted_mean(norms, weights),
+        "loss": sum(map(operator.mul, losses, weights)) / made if losses else None,
+        "grad_norm": sum(map(operator.mul, norms, weights)) / made if losses else None,
         "skipped": config.minibatches - len(losses),
         **means,
         # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
@@ -424,15 +421,8 @@ def update(
     }
 
 
-def weighted_mean(values: list[float], weights: list[float]) -> float:
-    """Return the mean; NaN of nothing."""
-    if not values:
-        return math.nan
-    return sum(value * weight for value, weight in zip(values, weights)) / sum(weights)
-
-
 def accumulate(
-    model: Transformer, reference: Transformer | None, rollout: list[Group], config: GRPOConfig
+    policies: Policies, rollout: list[Group], config: GRPOConfig
 ) -> tuple[dict[str, float], float]:
     """Add up the gradients of one update's loss, a micro-batch at a time.
 
@@ -441,31 +431,29 @@ def accumulate(
     """
     completions, tokens = count(rollout)
     length = config.max_new_tokens
+    objective = dict(clip_eps=config.clip_eps, beta=config.beta, reduction=config.reduction)
     normalizer = loss_normalizer(completions, tokens, config.reduction, length)
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
     for batch in equally_many(micro_batches(rollout, config.token_budget)):
         prompts = [group.prompt for group in batch]
         ids = [[completion.tokens for completion in group.completions] for group in batch]
-        logprobs, mask, entropies = logprobs_and_entropy(model, prompts, ids)  # (b, T)
+        logprobs, mask, entropies = logprobs_and_entropy(policies.model, prompts, ids)  # (b, T)
         sampled = [completion.logprobs for group in batch for completion in group.completions]
         old_logprobs, _ = pad(sampled, mask.device, torch.float32)
         advantages = torch.tensor([a for group in batch for a in group.advantages])  # (b,)
         ref_logprobs = None
-        if reference is not None:
+        if policies.reference is not None:
             with torch.no_grad():
-                ref_logprobs, _ = completion_logprobs(reference, prompts, ids)
+                ref_logprobs, _ = completion_logprobs(policies.reference, prompts, ids)
         loss, metrics = grpo_loss(
             logprobs,
             old_logprobs,
             ref_logprobs,
             advantages.to(mask.device),
             mask,
-            clip_eps=config.clip_eps,
-            beta=config.beta,
-            reduction=config.reduction,
-            max_length=length,
             normalizer=normalizer,
+            **objective,
         )
         loss.backward()
         sums["loss"] += float(loss.detach())
@@ -549,13 +537,11 @@ def train(run: Run, resume: bool = False) -> None:
             show(bar, line)
             skips = skips + 1 if line["skipped"] else 0
             if skips >= config.max_skips:
-                raise Diverged(
-                    f"step {step}: updates skipped in {skips} steps in a row, not finite"
-                )
+                raise Diverged(f"step {step}: updates not finite in {skips} steps in a row")
             stopping = maximum(interrupt.asked)
             # While updates are being skipped the weights may be ruined: the last good ones stay.
             if not skips and (is_due(finished, config.save_every) or last or stopping):
-                checkpoint = save_checkpoint(run, training, finished, identity)
+                checkpoint = save_checkpoint(run, training.policies, finished, identity)
             if stopping:
                 break
     if finished == config.steps:
@@ -588,7 +574,8 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     policies = load_policies(run, checkpoint)
     maximum(0)  # every process has looked for checkpoints before the first one writes
     run.out.mkdir(parents=True, exist_ok=True)
-    return Training(problems, held_out, tokenizer, content_model, *policies), identity, checkpoint
+    training = Training(problems, held_out, tokenizer, content_model, policies)
+    return training, identity, checkpoint
 
 
 def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
@@ -629,18 +616,14 @@ def hold_out_stories(problems: list[Problem], count: int) -> tuple[list[Problem]
     return training, held_out[:count]
 
 
-def load_policies(
-    run: Run, checkpoint: Path | None
-) -> tuple[Transformer, Transformer | None, torch.optim.Optimizer]:
+def load_policies(run: Run, checkpoint: Path | None) -> Policies:
     """Load the policy, its reference (None at beta 0) and the optimizer; in shards where FSDP is at
     work.
     """
     sharded = dist.is_initialized()
     device = "cpu" if sharded else run.device
     model = load_model(checkpoint or run.model, device)
-    model.source = (
-        run.model
-    )  # its tokenizer is saved with the policy; the checkpoint will be deleted
+    model.source = run.model  # its tokenizer is copied on saving; checkpoints get deleted
     model.checkpointing = run.config.recompute
     reference = None
     if run.config.beta:
@@ -649,32 +632,27 @@ def load_policies(
         shard(model, run)
         if reference is not None:
             shard(reference, run)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=run.config.lr, weight_decay=run.config.weight_decay, fused=True
-    )
+    settings = dict(lr=run.config.lr, weight_decay=run.config.weight_decay, fused=True)
+    policies = Policies(model, reference, torch.optim.AdamW(model.parameters(), **settings))
     if checkpoint:
-        load_optimizer(checkpoint, model, optimizer)
-    return model, reference, optimizer
+        load_optimizer(checkpoint, policies)
+    return policies
 
 
 def evaluate_held_out(
     training: Training, run: Run, when: str, fraction: float = 1
 ) -> dict[str, dict]:
     """Sample answers to the held-out problems at temperature 1; only the first process does."""
-    policy = full_copy(training.model, run.device, run.dtype)
+    policy, config = full_copy(training.policies.model, run), run.config
+    settings = dict(temperature=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    settings["reward_config"] = run.reward_config
     results = {}
     for name, problems in training.held_out.items():
         if problems and rank() == 0:
-            results[f"{name} {when}".strip()] = evaluate(
-                policy,
-                training.tokenizer,
-                problems[: max(1, int(len(problems) * fraction))],
-                temperature=1.0,
-                max_new_tokens=run.config.max_new_tokens,
-                seed=run.config.seed,
-                reward_config=run.reward_config,
-                label=f"evaluating, {name}",
-            )
+            settings["label"] = f"evaluating, {name}"
+            problems = problems[: max(1, int(len(problems) * fraction))]
+            result = evaluate(policy, training.tokenizer, problems, **settings)
+            results[f"{name} {when}".strip()] = result
     return results
 
 
@@ -697,11 +675,9 @@ def advice(run: Run) -> Iterator[None]:
     try:
         yield
     except Diverged as error:
-        good = checkpoints(run.out)[-1:] or [run.model]
-        raise Diverged(
-            f"{error}; the newest good checkpoint is {good[0]}: start a new run from it "
-            "(--model), with a lower --lr or --max-grad-norm"
-        ) from None
+        good = [run.model, *checkpoints(run.out)][-1]
+        remedy = f"start anew from {good} (--model), with a lower --lr or --max-grad-norm"
+        raise Diverged(f"{error}; {remedy}") from None
 
 
 class Interrupt:
@@ -731,7 +707,8 @@ class Interrupt:
 
 def announce(run: Run, training: Training, first: int) -> None:
     """Say at the start what is trained on what."""
-    config, parameters = run.config, sum(p.numel() for p in training.model.parameters())
+    config, model = run.config, training.policies.model
+    parameters = sum(p.numel() for p in model.parameters())
     content = run.content or "off (no --content, or no weight); the other terms keep theirs"
     print_first(
         f"{parameters / 1e6:.2f}M parameters, {len(training.problems)} training problems, "
@@ -763,10 +740,8 @@ def open_log(out: Path, first: int) -> TextIO:
 
 def read_log(path: Path) -> list[dict]:
     """Read the lines of metrics.jsonl, one for each step; torn ones are left out."""
-    if not path.exists():
-        return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except ValueError:
@@ -779,24 +754,20 @@ def read_log(path: Path) -> list[dict]:
 def report(run: Run, finished: int, checkpoint: Path | None) -> None:
     """Print at the end what came out, where everything is, and what to do next."""
     if finished < run.config.steps:
-        print_first(
-            f"\nstopped after step {finished} of {run.config.steps}; checkpoint: {checkpoint}\n"
-            f"go on with the same flags and: --out {run.out} --resume"
-        )
+        print_first(f"\nstopped after step {finished} of {run.config.steps}: {checkpoint}")
+        print_first(f"go on with the same flags and: --out {run.out} --resume")
     elif rank() == 0:
         before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
         results = {}
         for pair in zip(before.items(), after.items()):
             results |= dict(pair)
         if results:
-            print("\n" + table(results))
+            print(f"\n{table(results)}")
         rewards = [line["reward"] for line in read_log(run.out / "metrics.jsonl")]
-        print(
-            f"\nmean reward, sampled at temperature 1: {rewards[0]:.3f} in the first step, "
-            f"{rewards[-1]:.3f} in the last\nmodel: {checkpoint}\n"
-            f"log, and every response before and after: {run.out}/metrics.jsonl, *.json\n"
-            f"next: python eval.py --model {checkpoint}"
-        )
+        print(f"\nmean reward of the first step: {rewards[0]:.3f}; of the last: {rewards[-1]:.3f}")
+        print(f"model: {checkpoint}\nlog: {run.out}/metrics.jsonl")
+        print(f"every response before and after: {run.out}/before.json, after.json")
+        print(f"next: python eval.py --model {checkpoint}")
 
 
 def print_first(text: str) -> None:
@@ -899,15 +870,12 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
 
     ValueError: there is a run and nobody asked to go on with it, or it had other settings or files.
     """
-    saved = checkpoints(run.out)
-    if not resume:
-        if saved or (run.out / "metrics.jsonl").exists():
-            raise ValueError(f"{run.out} holds a run already: --resume it, or choose another --out")
-        return None
-    if not run.out.is_dir():
+    saved, log = checkpoints(run.out), run.out / "metrics.jsonl"
+    if not resume and (saved or log.exists()):
+        raise ValueError(f"{run.out} holds a run already: --resume it, or choose another --out")
+    if resume and not run.out.is_dir():
         raise ValueError(f"{run.out} holds no checkpoint: choose another --out to begin anew")
-    if not saved:
-        print_first(f"{run.out} holds no checkpoint yet: the run begins again")
+    if not saved:  # with `resume` the run was stopped before its first checkpoint
         return None
     checkpoint, state = newest_checkpoint(run.out)
     changes = []
@@ -921,8 +889,7 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """List the checkpoints in a run's folder, oldest first; other folders with such names are none.
-    """
+    """List the checkpoints in a run's folder, oldest first; other folders with such names are none."""
     folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
     folders = [path for path in folders if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
@@ -932,15 +899,15 @@ def newest_checkpoint(out: Path) -> tuple[Path, dict]:
     """Return the newest checkpoint that can be read, and its state; ValueError: there is none."""
     for path in reversed(checkpoints(out)):
         try:
-            for name in ("model", "optimizer"):
-                open_weights(path / f"{name}.safetensors")
+            open_weights(path / "model.safetensors")
+            open_weights(path / "optimizer.safetensors")
             return path, read_json(path / "state.json")
         except ValueError as error:
             tqdm.write(f"WARNING: {error}; looking for the checkpoint before it")
     raise ValueError(f"{out} holds no checkpoint that can be read: choose another --out")
 
 
-def save_checkpoint(run: Run, training: Training, step: int, identity: dict) -> Path:
+def save_checkpoint(run: Run, policies: Policies, step: int, identity: dict) -> Path:
     """Write OUT/checkpoint-STEP, and remove older ones beyond `keep`; every process must call this.
 
     Diverged: weights that are not finite. OSError: the disk is full, say; the checkpoint before
@@ -948,9 +915,9 @@ def save_checkpoint(run: Run, training: Training, step: int, identity: dict) -> 
     """
     target = run.out / f"checkpoint-{step:06d}"
     weights, states = {}, {}
-    for name, p in training.model.named_parameters():
+    for name, p in policies.model.named_parameters():
         gather(weights, name, p.detach())
-        for key, value in training.optimizer.state[p].items():
+        for key, value in policies.optimizer.state[p].items():
             gather(states, f"{name}.{key}", value)
     if rank():
         return target
@@ -958,7 +925,7 @@ def save_checkpoint(run: Run, training: Training, step: int, identity: dict) -> 
         raise Diverged(f"step {step}: the weights are not finite, and are not saved")
     try:
         with new_folder(target) as folder:
-            write_model(training.model, folder, weights)
+            write_model(policies.model, folder, weights)
             save_file(states, folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": step, "identity": identity})
     except (OSError, SafetensorError) as error:
@@ -971,19 +938,17 @@ def save_checkpoint(run: Run, training: Training, step: int, identity: dict) -> 
     return target
 
 
-def load_optimizer(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(path: Path, policies: Policies) -> None:
     """Read AdamW's states; each process takes its own shards of the tensors."""
     with open_weights(path / "optimizer.safetensors") as tensors:
-        names = set(tensors.keys())
-        for name, p in model.named_parameters():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{name}.{key}" not in names:
-                    continue  # no update has been made yet
-                value = tensors.get_tensor(f"{name}.{key}")
-                if key != "step" and isinstance(p, DTensor):
-                    mesh, placements = p.device_mesh, p.placements
-                    value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-                optimizer.state[p][key] = value.to(p.device)
+        for name in tensors.keys():  # none, if no update has been made yet
+            name_of_weight, _, key = name.rpartition(".")
+            p = policies.model.get_parameter(name_of_weight)
+            value = tensors.get_tensor(name)
+            if key != "step" and isinstance(p, DTensor):
+                mesh, placements = p.device_mesh, p.placements
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            policies.optimizer.state[p][key] = value.to(p.device)
 
 
 # ----------------------------------------------------------------------------- several processes
@@ -1014,8 +979,7 @@ def is_sharded(run: Run) -> bool:
 
 
 def join_processes(device: str) -> str:
-    """Meet the other processes that torchrun has started, or nobody; return this process's device.
-    """
+    """Meet the other processes that torchrun has started, or nobody; return this process's device."""
     alone = {}
     if "RANK" not in os.environ:
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -1091,7 +1055,7 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def full_copy(model: Transformer, device: str, dtype: str) -> Transformer:
+def full_copy(model: Transformer, run: Run) -> Transformer:
     """Gather a copy with all of the weights; every process must call this.
 
     A model that is not sharded is returned as it is.
@@ -1102,7 +1066,7 @@ def full_copy(model: Transformer, device: str, dtype: str) -> Transformer:
         copy = Transformer(model.config)
     weights = {}
     for name, p in model.named_parameters():
-        weights[name] = full_tensor(p.detach().to(device, getattr(torch, dtype)))
+        weights[name] = full_tensor(p.detach().to(run.device, getattr(torch, run.dtype)))
     copy.load_state_dict(weights, strict=False, assign=True)  # strict would ask for a tied head
     copy.tie()
     copy.source = model.source
@@ -1110,16 +1074,14 @@ def full_copy(model: Transformer, device: str, dtype: str) -> Transformer:
 
 
 def agreed(path: Path) -> Path:
-    """Return the first process's path: clocks may differ by a second, and the name holds the time.
-    """
+    """Return the first process's path: clocks may differ by a second, and the name holds the time."""
     paths = [str(path)]
     dist.broadcast_object_list(paths, src=0)
     return Path(paths[0])
 
 
 def gather(tensors: dict[str, Tensor], name: str, shards: Tensor) -> None:
-    """Put a full tensor into the first process's dict, on the host; every process must call this.
-    """
+    """Put a full tensor into the first process's dict, on the host; every process must call this."""
     tensor = full_tensor(shards)
     if rank() == 0:
         tensors[name] = tensor.cpu().contiguous()
@@ -1217,21 +1179,20 @@ def print_plan(run: Run, memory: float) -> None:
     """Print the plan for one process, and whether it fits into so many bytes; reads no weights."""
     config, tokenizer = run.config, Tokenizer(run.model)
     problems, held_out = load_problems(run)
-    lengths = [
-        len(tokenizer.chat(build_messages(problem)))
-        for problem in itertools.chain(problems, *held_out.values())
-    ]
+    prompts = map(build_messages, itertools.chain(problems, *held_out.values()))
+    lengths = [len(tokenizer.chat(messages)) for messages in prompts]
     plan = memory_plan(read_config(run.model), run, max(lengths))
-    hosted = ("weights (fp32)", "AdamW's states (fp32)", "gradients (fp32)", "reference policy")
-    hosted = hosted if run.offload else ()
-    on_device = [sizes for name, sizes in plan.items() if name not in hosted]
-    plan["together, on the device"] = tuple(map(sum, zip(*on_device)))
+    hosted = {name for name in plan if "(fp32)" in name or name == "reference policy"}
+    hosted = hosted if run.offload else set()
+    for place, names in (("device", plan.keys() - hosted), ("host", hosted)):
+        plan[f"together, on the {place}"] = tuple(map(sum, zip(*(plan[name] for name in names))))
     peak = max(plan["together, on the device"])
     unit, label = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
     rows = [[label, *MOMENTS, "where"]]
     for name, sizes in plan.items():
-        place = "host" if name in hosted else "device"
-        rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
+        place = "host" if name in hosted or name.endswith("host") else "device"
+        if any(sizes):
+            rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
     verdict = "fits into" if peak <= 0.95 * memory else "does NOT fit into"
     print(
         f"{run.model} in each of {world_size()} processes: {config.prompts} prompts of at most "
@@ -1239,13 +1200,9 @@ def print_plan(run: Run, memory: float) -> None:
         f"{run.dtype}, activation checkpointing: {config.recompute}\n\n{aligned(rows)}\n\n"
         f"peak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare"
     )
-    if hosted:
-        on_host = max(map(sum, zip(*(plan[name] for name in hosted))))
-        print(f"on the host {on_host / unit:.1f} {label} in each process")
     if is_sharded(run):
         weights = world_size() * plan["weights (fp32)"][0] / unit
-        print(f"for a moment, on the host: {weights:.1f} {label} in each process while loading,")
-        print(f"and {3 * weights:.1f} in the first one while saving")
+        print(f"on the host, for a moment: {weights:.1f} {label} while loading, 3 x while saving")
 
 
 def memory_of(device: str) -> float:
@@ -1262,7 +1219,7 @@ def memory_of(device: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        description="Train a language model by Social-R1: GRPO with a reward of its whole reasoning. "
+        description="Train a language model by GRPO with a reward of its whole reasoning. "
         "Without --model: the embedded tiny policy on generated stories, minutes on a CPU.",
         epilog="Defaults in brackets: without --model | with --model (the paper's).",
     )
@@ -1306,16 +1263,13 @@ def main() -> None:
     args = parse_arguments()
     run = make_run(args)
     if args.plan is not None:
-        if not 0 <= args.plan < math.inf:
-            raise ValueError(f"--plan {args.plan}: expected how many GiB there are")
         print_plan(run, args.plan * 2**30 or memory_of(run.device))
         return
     check_device(run.device)
     if is_sharded(run):
         # All processes must use the same folder, although their clocks may differ by a second.
         run = replace(run, device=join_processes(run.device), out=agreed(run.out))
-    settings = {**asdict(run.config), **asdict(run.reward_config)}
-    print_first(f"config: {json.dumps(settings)}")
+    print_first(f"config: {json.dumps(asdict(run), default=str)}")
     train(run, args.resume)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -159,6 +159,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
+        # A norm is x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -444,8 +445,7 @@ class Sampling:
     token_budget: int = SAMPLING_BUDGET
 
     def __post_init__(self) -> None:
-        lowest = dict(group_size=1, max_new_tokens=1, top_k=0, seed=-(2**63))
-        for name, low in lowest.items():
+        for name, low in dict(group_size=1, max_new_tokens=1, top_k=0, seed=-(2**63)).items():
             value = getattr(self, name)
             if not is_whole(value) or not low <= value < 2**63:
                 raise ValueError(f"{name} = {value!r}; expected a whole number from {low} up")
@@ -943,10 +943,7 @@ def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
 
 
 def load_model(
-    path: str | Path,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    scalar: bool | None = False,
+    path: str | Path, device: str = "cpu", dtype=torch.float32, scalar: bool | None = False
 ) -> Transformer:
     """Load a checkpoint folder, one safetensors file or several; `scalar` as in read_config.
 
@@ -1169,10 +1166,9 @@ class Tokenizer:
 
         self.template = settings.get("chat_template")
         if isinstance(self.template, list):  # several with names
-            named = [entry for entry in self.template if isinstance(entry, dict)]
-            self.template = {entry.get("name"): entry.get("template") for entry in named}.get(
-                "default"
-            )
+            entries = [entry for entry in self.template if isinstance(entry, dict)]
+            named = {entry.get("name"): entry.get("template") for entry in entries}
+            self.template = named.get("default")
         if (folder / "chat_template.jinja").exists():
             self.template = read_text(folder / "chat_template.jinja", "UTF-8 text", str)
 
@@ -1188,8 +1184,7 @@ class Tokenizer:
         self.stop_ids = tuple(sorted(ids - {None}))
         self.max_new_tokens = options["generation_config"].get("max_new_tokens") or 1024
         if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            given = f"max_new_tokens is {self.max_new_tokens!r}"
-            raise ValueError(f"{files['generation_config']}: {given}; expected a whole number")
+            raise ValueError(f"{folder}: max_new_tokens is {self.max_new_tokens!r}, not above 0")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Return the ids of a text, nothing added; unless `special`, the name of a special token is

@@ -37,7 +37,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import model as ours  # noqa: E402
 from eval import evaluate, read_benchmark, spread_problems  # noqa: E402
-from grpo import GRPOConfig, Rollout, Run, group_advantages, load_policies, update  # noqa: E402
+from grpo import Group, GRPOConfig, Run, group_advantages, load_policies, update  # noqa: E402
 from rewards import RewardConfig  # noqa: E402
 from socialr1 import build_messages  # noqa: E402
 
@@ -271,15 +271,14 @@ def our_steps(folder: Path, recompute: bool, token_budget: int, count: int) -> l
         token_budget=token_budget,
     )
     run = Run(model=folder, out=Path(), config=config, reward_config=RewardConfig())
-    model, reference, optimizer = load_policies(run, None)
+    policies = load_policies(run, None)
     generator = np.random.default_rng(0)
 
     def step(seed: int) -> None:
-        prompts = random_prompts(generator, model.config.vocab_size)
-        groups = ours.generate(model, prompts, G, NEW, seed=seed)
+        prompts = random_prompts(generator, policies.model.config.vocab_size)
+        groups = ours.generate(policies.model, prompts, G, NEW, seed=seed)
         advantages = group_advantages(torch.from_numpy(generator.random((P, G))))
-        rollout = Rollout(prompts, groups, advantages.tolist())
-        update(model, reference, optimizer, rollout, config)
+        update(policies, list(map(Group, prompts, groups, advantages.tolist())), config)
 
     return [seconds(lambda: step(seed)) for seed in range(count)]
 

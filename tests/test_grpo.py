@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import grpo
-from grpo import GRPOConfig, Group, Run, checkpoints, load_problems
+from grpo import GRPOConfig, Group, Policies, Run, checkpoints, load_problems
 from grpo import log_line, micro_batches, minibatches, problems_of_step, train, update
 from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
@@ -151,7 +151,7 @@ def test_micro_batched_updates_are_those_of_the_full_batch(reduction):
         rollout = list(map(Group, prompts, groups, advantages.tolist()))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         config = replace(CONFIG, reduction=reduction, token_budget=budget, max_grad_norm=1e9)
-        metrics = update(model, reference, optimizer, rollout, config)
+        metrics = update(Policies(model, reference, optimizer), rollout, config)
         results.append((metrics, [p.detach().clone() for p in model.parameters()]))
     (whole, updated), (pieces, same) = results
     assert pieces == pytest.approx(whole, rel=1e-4, abs=1e-5)
@@ -275,7 +275,7 @@ def test_the_command_line(tmp_path, command):
     assert "held out before" in out and "next: python eval.py --model" in out
     assert (
         json.loads((tmp_path / "run" / "checkpoint-000001" / "state.json").read_text())["identity"][
-            "--max-length"
+            "max_length"
         ]
         == 8
     )

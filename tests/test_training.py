@@ -19,7 +19,16 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import grpo
-from grpo import GRPOConfig, Group, Run, checkpoints, grpo_loss, memory_plan, newest_checkpoint
+from grpo import (
+    GRPOConfig,
+    Group,
+    Policies,
+    Run,
+    checkpoints,
+    grpo_loss,
+    memory_plan,
+    newest_checkpoint,
+)
 from grpo import train, update
 from model import ChunkedLogProbs, Completion, Diverged, Transformer, generate
 from model import logprobs_and_entropy, parse_config
@@ -160,11 +169,13 @@ def test_the_memory_plan_foretells_the_peaks(request, recompute, budget, dtype):
     prompts = [random_ids(rng, 100) for _ in range(4)]
     found = []
     sampling = memory_peak(
-        lambda: found.append(generate(grpo.full_copy(model, "cpu", dtype), prompts, 4, 60))
+        lambda: found.append(
+            generate(grpo.full_copy(model, replace(run_in(Path()), dtype=dtype)), prompts, 4, 60)
+        )
     )
     rollout = list(map(Group, prompts, found[0], torch.randn(4, 4).tolist()))
-    update(model, reference, optimizer, rollout, config)  # AdamW's states come into being
-    updating = memory_peak(lambda: update(model, reference, optimizer, rollout, config))
+    update(Policies(model, reference, optimizer), rollout, config)  # AdamW's states come into being
+    updating = memory_peak(lambda: update(Policies(model, reference, optimizer), rollout, config))
     held = [
         *model.parameters(),
         *reference.parameters(),
@@ -388,7 +399,7 @@ def test_only_checkpoints_of_the_run_are_resumed_from_and_removed(tmp_path, caps
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(
         Diverged,
-        match=r"weights are not finite.*; the newest good checkpoint is .*tiny: start a new run from it",
+        match=r"weights are not finite.*; start anew from .*tiny ",
     ):
         train(run_in(tmp_path, lr=1e38, warmup_steps=0, steps=3))
     assert not checkpoints(tmp_path)
@@ -514,7 +525,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_some_in_a_row_stop_the_run(
     broken |= {2, 3}
     with pytest.raises(
         Diverged,
-        match=r"step 3: updates skipped in 3 steps in a row.*good checkpoint is .*checkpoint-000001",
+        match=r"step 3: updates not finite in 3 steps in a row; start anew from .*checkpoint-000001 ",
     ):
         train(run_in(tmp_path / "three"))
     assert [path.name for path in checkpoints(tmp_path / "three")] == ["checkpoint-000001"]
@@ -522,10 +533,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_some_in_a_row_stop_the_run(
 
 def test_settings_reach_the_update(tmp_path):
     """Warm-up, clipping of ratios and of gradients, no reference at beta 0, activation checkpointing."""
-    model, reference, optimizer = grpo.load_policies(
-        run_in(tmp_path, beta=0.0, recompute=True), None
-    )
-    assert reference is None and model.checkpointing
+    policies = grpo.load_policies(run_in(tmp_path, beta=0.0, recompute=True), None)
+    assert policies.reference is None and policies.model.checkpointing
     for name, changes in (("plain", {}), ("more", dict(max_grad_norm=1e-3))):
         train(
             run_in(
@@ -568,7 +577,9 @@ def test_metrics_are_means_over_all_minibatches_and_micro_batches():
             model.parameters(), lr=0.0
         )  # the policy stays: minibatches must find the same
         config = GRPOConfig(minibatches=minibatches, token_budget=budget)
-        results.append(update(model, random_model(num_hidden_layers=1), optimizer, rollout, config))
+        results.append(
+            update(Policies(model, random_model(num_hidden_layers=1), optimizer), rollout, config)
+        )
     for name in ("kl", "entropy", "clip_fraction"):
         values = [result[name] for result in results]
         assert values[0] > 0.01 and values == pytest.approx([values[0]] * 3, rel=1e-4), name
@@ -591,7 +602,7 @@ def test_other_processes_may_have_more_micro_batches(monkeypatch):
             "logprobs_and_entropy",
             lambda *args: calls.append(args) or logprobs_and_entropy(*args),
         )
-        grpo.accumulate(model, model, rollout, GRPOConfig(token_budget=10_000))
+        grpo.accumulate(Policies(model, model, None), rollout, GRPOConfig(token_budget=10_000))
         results.append([p.grad for p in model.parameters()])
         assert len(calls) == 1 + more
     assert all(torch.equal(a, b) for a, b in zip(*results))
