@@ -889,7 +889,7 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """List the checkpoints in a run's folder, oldest first; other folders with such names are none."""
+    """List the checkpoints in a run's folder, oldest first, and no folders with other names."""
     folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
     folders = [path for path in folders if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
@@ -961,25 +961,20 @@ def load_optimizer(path: Path, policies: Policies) -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Return the number of processes that torchrun says there are going to be."""
-    return max(1, int(os.environ.get("WORLD_SIZE", 1)))
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_sharded(run: Run) -> bool:
     """Say whether FSDP is at work: it serves one process, too, to compute in bfloat16."""
-    return "RANK" in os.environ or world_size() > 1 or run.dtype != "float32" or run.offload
+    return world_size() > 1 or run.dtype != "float32" or run.offload
 
 
 def join_processes(device: str) -> str:
-    """Meet the other processes that torchrun has started, or nobody; return this process's device."""
+    """Meet the other processes that torchrun has started, if any; return this process's device."""
     alone = {}
     if "RANK" not in os.environ:
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -995,26 +990,22 @@ def join_processes(device: str) -> str:
 
 def of_this_process(problems: list[Problem]) -> list[Problem]:
     """Return the part of a step's problems that this process answers."""
-    count = len(problems) // processes()
+    count = len(problems) // world_size()
     return problems[rank() * count : (rank() + 1) * count]
 
 
-def summed(values: dict[str, float]) -> dict[str, float]:
-    """Add each of these numbers up over all processes."""
-    if processes() == 1:
+def summed(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
+    """Combine each of these numbers over all processes; they wait for each other."""
+    if world_size() == 1:
         return values
-    sums = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist()))
+    combined = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(combined, operation)
+    return dict(zip(values, combined.tolist()))
 
 
 def maximum(value: float) -> float:
-    """Return the largest of the values that the processes have; they wait for each other."""
-    if processes() == 1:
-        return value
-    largest = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
+    """Return the largest of the values that the processes have."""
+    return summed({"value": value}, dist.ReduceOp.MAX)["value"]
 
 
 def equally_many(batches: Iterator[list[Group]]) -> Iterator[list[Group]]:
@@ -1038,7 +1029,7 @@ def shard(model: Transformer, run: Run) -> None:
     hosted = run.offload and kind == "cuda"
     dtypes = dict(param_dtype=getattr(torch, run.dtype), reduce_dtype=torch.float32)
     settings = dict(
-        mesh=init_device_mesh(kind, (processes(),)),
+        mesh=init_device_mesh(kind, (world_size(),)),
         mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy() if hosted else OffloadPolicy(),
     )
@@ -1073,15 +1064,8 @@ def full_copy(model: Transformer, run: Run) -> Transformer:
     return copy.requires_grad_(False).eval()
 
 
-def agreed(path: Path) -> Path:
-    """Return the first process's path: clocks may differ by a second, and the name holds the time."""
-    paths = [str(path)]
-    dist.broadcast_object_list(paths, src=0)
-    return Path(paths[0])
-
-
 def gather(tensors: dict[str, Tensor], name: str, shards: Tensor) -> None:
-    """Put a full tensor into the first process's dict, on the host; every process must call this."""
+    """Put a full tensor into the first process's dict, on the host; all processes call this."""
     tensor = full_tensor(shards)
     if rank() == 0:
         tensors[name] = tensor.cpu().contiguous()
@@ -1249,7 +1233,6 @@ def make_run(args: argparse.Namespace) -> Run:
         args.dtype = "bfloat16"
     if args.content is None and args.model is None:
         args.content = TINY_CONTENT
-    args.out = args.out or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     run = Run(config.updated(args), reward_config.updated(args)).updated(args)
     if run.offload and not run.device.startswith("cuda"):
         raise ValueError(f"--offload relieves a GPU's memory; --device {run.device} is the host")
@@ -1267,8 +1250,10 @@ def main() -> None:
         return
     check_device(run.device)
     if is_sharded(run):
-        # All processes must use the same folder, although their clocks may differ by a second.
-        run = replace(run, device=join_processes(run.device), out=agreed(run.out))
+        run = replace(run, device=join_processes(run.device))
+    if run.out is None:  # the same name in all processes, although their clocks may differ
+        now = time.localtime(maximum(time.time()))
+        run = replace(run, out=Path("runs") / time.strftime("%Y%m%d-%H%M%S", now))
     print_first(f"config: {json.dumps(asdict(run), default=str)}")
     train(run, args.resume)
     if dist.is_initialized():

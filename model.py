@@ -611,13 +611,14 @@ def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple
     context = Decoding(model, lengths, sampling.group_size, sampling.max_new_tokens)
     start = common_start(prompts)
     rests = [prompt[start:] for prompt in prompts]
-    pieces = within_budget(range(len(rests)), lambda i: len(rests[i]), prefill_tokens(model.device))
-    last_states = []
-    for piece in pieces:
-        packed = Packed([prompts[0][:start]], [[rests[i] for i in piece]], model.device)
+    limit = prefill_tokens(model.device)
+    last_states, done = [], 0
+    for piece in batches(rests, lambda piece: sum(map(len, piece)) <= limit):
+        packed = Packed([prompts[0][:start]], [piece], model.device)
         packed.cache = {}
         hidden = model.hidden(packed.tokens, packed)[0]  # (N, d)
-        context.fill(piece[0], packed)
+        context.fill(done, packed)
+        done += len(piece)
         last_states.append(hidden[[places[-1] for places in packed.completions[0]]])
     logits = model.lm_head(torch.cat(last_states))  # (P, V)
     return logits.repeat_interleave(sampling.group_size, dim=0), context
@@ -640,17 +641,14 @@ def common_start(prompts: list[Ids]) -> int:
     return length if length >= 16 and len(prompts) > 1 else 0
 
 
-def within_budget(items: Sequence, size: Callable[[object], int], budget: int) -> Iterator[list]:
-    """Cut items into batches, in order: as many at a time as keep the sum of their sizes in the
-    budget, at least one.
-    """
-    batch, total = [], 0
+def batches(items: Sequence, fits: Callable[[list], bool]) -> Iterator[list]:
+    """Cut items into batches, in order: as many at a time as fit together, at least one."""
+    batch = []
     for item in items:
-        if batch and total + size(item) > budget:
+        if batch and not fits([*batch, item]):
             yield batch
-            batch, total = [], 0
+            batch = []
         batch.append(item)
-        total += size(item)
     if batch:
         yield batch
 
@@ -663,14 +661,9 @@ def waves(config: ModelConfig, prompts: Sequence[Ids], sampling: Sampling) -> It
     they were cached tokens.
     """
     group_tokens = sampling.group_size * (sampling.max_new_tokens + logits_in_tokens(config))
-    wave = []
-    for prompt in sorted(dict.fromkeys(map(tuple, prompts)), key=len, reverse=True):
-        if wave and (len(wave) + 1) * (len(wave[0]) + group_tokens) > sampling.token_budget:
-            yield wave
-            wave = []
-        wave.append(prompt)
-    if wave:
-        yield wave
+    budget, distinct = sampling.token_budget, dict.fromkeys(map(tuple, prompts))
+    longest_first = sorted(distinct, key=len, reverse=True)
+    return batches(longest_first, lambda wave: len(wave) * (len(wave[0]) + group_tokens) <= budget)
 
 
 def logits_in_tokens(config: ModelConfig) -> int:

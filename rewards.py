@@ -56,8 +56,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import Completion, Packed, Tokenizer, Transformer, check_device, load_model
-from model import parse_config, refuse_other_folders, save_model, within_budget
+from model import Completion, Packed, Tokenizer, Transformer, batches, check_device, load_model
+from model import parse_config, refuse_other_folders, save_model
 from socialr1 import STAGES, TINY, Parser, Problem, Response, Settings, even_out, exit_on_error
 from socialr1 import parse_response, read_rows, setting
 
@@ -411,8 +411,8 @@ class ContentModel:
         for story, question, segments in asked:
             scores.setdefault((story, question), {}).update(dict.fromkeys(segments, 0.0))
         encoded = [self.encode(*key, list(unique)) for key, unique in scores.items() if unique]
-        batches = within_budget(encoded, tokens_in, token_budget)
-        found = itertools.chain(*(segment_scores(self.model, batch).tolist() for batch in batches))
+        parts = batches(encoded, lambda stories: tokens_in(stories) <= token_budget)
+        found = itertools.chain(*(segment_scores(self.model, part).tolist() for part in parts))
         for unique in scores.values():
             for stage, text in unique:
                 unique[stage, text] = next(found) - self.centre[stage]
@@ -459,10 +459,9 @@ def segment_scores(model: Transformer, batch: list[EncodedStory]) -> Tensor:
     return model.score(hidden)[:, 0].float()
 
 
-def tokens_in(story: EncodedStory) -> int:
-    """Count the tokens of a story's prompt and of all its segments."""
-    prompt, segments = story
-    return len(prompt) + sum(map(len, segments))
+def tokens_in(stories: list[EncodedStory]) -> int:
+    """Count the tokens of the stories' prompts and of all their segments."""
+    return sum(len(prompt) + sum(map(len, segments)) for prompt, segments in stories)
 
 
 def load_content_model(path: Path, device: str = "cpu", dtype=torch.float32) -> ContentModel:
@@ -586,7 +585,7 @@ def pair_scores(scorer: ContentModel, questions: list[list[Pair]], budget: int) 
         for pair in pairs:
             segments += [(pair.stage, pair.chosen), (pair.stage, pair.rejected)]
         encoded.append(scorer.encode(pairs[0].story, pairs[0].question, segments))
-    for batch in within_budget(encoded, tokens_in, budget):
+    for batch in batches(encoded, lambda stories: tokens_in(stories) <= budget):
         yield segment_scores(scorer.model, batch).view(-1, 2)
 
 
@@ -604,7 +603,7 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
     updates = []
     for _ in range(config.epochs):
         shuffled = rng.sample(questions, len(questions))
-        updates += within_budget(shuffled, len, config.batch)
+        updates += batches(shuffled, lambda chosen: sum(map(len, chosen)) <= config.batch)
     progress = tqdm(updates, desc="content model", unit="update")
     for update, batch in enumerate(progress, start=1):
         count = sum(map(len, batch))
