@@ -49,7 +49,6 @@ a habit that wrong responses have more often than right ones is one that costs a
                    not understand: the paper's *interpretation bottleneck* [P]
 """
 
-import argparse
 import ast
 import hashlib
 import itertools
@@ -61,7 +60,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +71,7 @@ from tqdm import tqdm
 from model import ModelConfig, Tokenizer, Transformer
 from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
-from rewards import WORD, load_content_model, option_mentions, stage_order, total_reward, words
+from rewards import WORD, load_content_model, option_mentions, order_fraction, total_reward, words
 from socialr1 import INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
 from socialr1 import build_messages, exit_on_error, generate_problems, parse_response, read_rows
 from socialr1 import setting, stage_spans, write_json, write_text
@@ -110,20 +108,20 @@ def evaluate(
     # sampling and the prompt, so together these name it; equal prompts have equal answers.
     sampling = dict(group_size=config.samples, max_new_tokens=longest)
     sampling |= {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    sampling |= dict(stop_ids=list(tokenizer.stop_ids))
+    if config.temperature is None:
+        sampling["temperature"] = 1.0 if config.samples > 1 else 0.0
+    sampling["stop_ids"] = list(tokenizer.stop_ids)
     source = digest([fingerprint(model), sampling])
     names = {tuple(prompt): digest([source, prompt]) for prompt in prompts}
     done = read_journal(journal) if journal else {}
     missing = [prompt for prompt, name in names.items() if name not in done]
     stream = generate_stream(model, missing, token_budget=config.token_budget, **sampling)
-    bar = tqdm(total=len(names), desc=label, unit="prompt", disable=label is None, leave=False)
-    bar.update(len(names) - len(missing))
-    with bar, open(journal or os.devnull, "a", encoding="utf-8", buffering=1) as lines:
-        for prompt, completions in stream:
+    bar = dict(desc=label, total=len(missing), unit="prompt", disable=label is None, leave=False)
+    with open(journal or os.devnull, "a", encoding="utf-8", buffering=1) as lines:
+        for prompt, completions in tqdm(stream, **bar):
             name, rows = names[prompt], [completion.tokens for completion in completions]
             done[name] = [(tokenizer.completion_text(prompt, row), len(row)) for row in rows]
             print(json.dumps([name, done[name]]), file=lines)
-            bar.update()
 
     # 2. Measure the responses.
     records = []
@@ -148,15 +146,11 @@ def check_lengths(
     This comes before all work, so that a long problem does not end an evaluation in its last hour.
     """
     prompts = [tokenizer.chat(build_messages(p, instructions), thinking) for p in problems]
+    context = config.max_position_embeddings
     for problem, prompt in zip(problems, prompts):
-        context = config.max_position_embeddings
         if len(prompt) + max_new_tokens > context:
-            size = (
-                f"problem {problem.id!r}: {len(prompt)} + --max-new-tokens {max_new_tokens} tokens"
-            )
-            raise ValueError(
-                f"{size} exceed the context, {config.max_position_embeddings}; lower the flag"
-            )
+            tokens = f"{len(prompt)} + --max-new-tokens {max_new_tokens} tokens"
+            raise ValueError(f"problem {problem.id!r}: {tokens} exceed the context, {context}")
     return prompts
 
 
@@ -222,7 +216,7 @@ def measure(
         "parse_rate": response.answer is not None,
         "well_formed": response.well_formed,
         "coverage": len(response.stages) / len(STAGES),
-        "order": stage_order(response),
+        "order": order_fraction(response),
         "stage_order": tuple(name for name, _ in response.stages) == STAGES,
         "option_early": any(early_options(response, problem)),
         "first_option": min(named) / len(think) if named else None,
@@ -252,35 +246,28 @@ def locate_options(think: str, problem: Problem) -> list[tuple[str, int, int]]:
 # for its error: `control - hard` holds the gap, and the gap in each draw.
 
 DRAWS = 2000
-Estimate = np.ndarray  # (1 + DRAWS,)
+Estimate = np.ndarray  # (1 + DRAWS,), or with a column for each measure
 
 
-def estimate(stories: Sequence[str], values: Sequence[float], weights: Sequence[float]) -> Estimate:
-    """Estimate the weighted mean of values that belong to stories.
+def estimate(stories: Sequence[str], values: Sequence, weights: Sequence) -> Estimate:
+    """Estimate the weighted mean of values that belong to stories, or of each of K measures.
 
         mean in a draw = sum of n_s * sum of weights * values / sum of n_s * sum of weights
 
     The outer sums run over the stories s, the inner ones over the values of a story; n_s says how
-    often the draw has it. The same stories are drawn alike every time, so that two estimates over
-    them can be subtracted draw by draw.
+    often the draw has it. Values and weights are (n,) -> (1 + DRAWS,), or (n, K) -> (1 + DRAWS, K).
+    A mean without any weight is NaN. The same stories are drawn alike every time.
     """
     names, place = np.unique(stories, return_inverse=True)
-    sums = np.bincount(place, np.multiply(values, weights))
-    totals = np.bincount(place, weights)
-    counts = draw_stories(tuple(names.tolist()))
-    with np.errstate(invalid="ignore"):  # a draw without any weight has no mean
+    n, weights = len(names), np.asarray(weights, dtype=float)
+    sums, totals = np.zeros((2, n, *weights.shape[1:]))
+    np.add.at(sums, place, np.multiply(values, weights))
+    np.add.at(totals, place, weights)
+    generator = np.random.default_rng(int(digest(names.tolist()), 16))
+    draws = generator.multinomial(n, np.full(n, 1 / n), size=DRAWS)
+    counts = np.vstack([np.ones(n), draws])  # how often each draw has each story; row 0: the data
+    with np.errstate(invalid="ignore"):
         return (counts @ sums) / (counts @ totals)
-
-
-@lru_cache(maxsize=1)
-def draw_stories(stories: tuple[str, ...]) -> np.ndarray:
-    """Draw as many stories as there are, DRAWS times -> how often each draw has each story.
-
-    (1 + DRAWS, stories); row 0 is the data, each story once.
-    """
-    generator = np.random.default_rng(int(digest(stories), 16))
-    n = len(stories)
-    return np.vstack([np.ones(n), generator.multinomial(n, np.full(n, 1 / n), size=DRAWS)])
 
 
 def interval(values: Estimate) -> list[float]:
@@ -298,18 +285,22 @@ ACCURACIES = ("accuracy", "majority", "hard", "control", "shortcut_gap")
 PROCESS = "parse_rate well_formed coverage order stage_order option_early first_option".split()
 PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES)]
 MEASURES = "accuracy hard control shortcut_gap parse_rate stage_order option_early length".split()
+# The process measures of right responses and of wrong ones are named "length (right)" and so on.
+VERDICTS = {"": (True, False), " (right)": (True,), " (wrong)": (False,)}
 SPLITS = {"by_benchmark": "benchmark", "by_file": "source", "by_ability": "ability"}
 
 
 class Unit(NamedTuple):
     """What is scored as one, with all samples: a problem, or problems that only count together.
 
-    `values` has the mean of each measure, and its weight: how much data there is.
+    `values` has the mean of each measure, and `weights` says how much data there is.
     """
 
     records: list[dict]
     story: str
-    values: dict[str, tuple[float, float]]
+    measures: list[str]
+    values: np.ndarray
+    weights: np.ndarray
 
 
 def make_units(records: list[dict]) -> list[Unit]:
@@ -326,17 +317,19 @@ def make_unit(problems: list[list[dict]]) -> Unit:
     records = list(itertools.chain(*problems))
     right = [all(record["correct"] for record in sample) for sample in zip(*problems)]
     voted = [most_frequent_answer(samples) == samples[0]["gold"] for samples in problems]
+    first = records[0]
     # The accuracy counts units; with one sample the majority would repeat it, and has no weight.
     # The process counts responses, except for those that have no such value.
-    values = {"accuracy": (mean(right), 1), "majority": (float(all(voted)), len(right) > 1)}
-    for key in PROCESS:
-        known = [record[key] for record in records if record.get(key) is not None]
-        values[key] = (mean(known), len(known))
-    first = records[0]
+    data = {"accuracy": (mean(right), 1), "majority": (all(voted), len(right) > 1)}
+    data |= {name: (mean(right), first["variant"] == name) for name in ("hard", "control")}
+    for key, verdict in itertools.product(PROCESS, VERDICTS):
+        judged = [record for record in records if record["correct"] in VERDICTS[verdict]]
+        known = [record[key] for record in judged if record.get(key) is not None]
+        data[key + verdict] = (mean(known), len(known))
     # Twins share source and id: they are one story told twice, and drawn together.
     twins = f"{first['source']} {first['id']}"
     story = twins if first["variant"] else normalise(first["story"])
-    return Unit(records, story, values)
+    return Unit(records, story, list(data), *np.array(list(data.values()), dtype=float).T)
 
 
 def most_frequent_answer(samples: list[dict]) -> str | None:
@@ -353,11 +346,16 @@ def group_units(units: list[Unit], key: str) -> dict[str, list[Unit]]:
 def summarise(records: list[dict]) -> dict:
     """Sum up the records of `measure`: the estimates, the process, and the records themselves.
 
-    `n` counts what is scored as one, `questions` the problems.
+    `n` counts what is scored as one, `questions` the problems. The process is split by right and
+    wrong responses; None is a mean of none.
     """
-    questions = sum(not record.get("sample") for record in records)
-    result = sum_up(make_units(records)) | {"questions": questions}
-    return result | {"process": split_process(records), "responses": records}
+    result = sum_up(make_units(records))
+    result["questions"] = sum(not record.get("sample") for record in records)
+    process = {}
+    for key in PROCESS:
+        means = [result["overall"].get(key + verdict) for verdict in VERDICTS]
+        process[key] = dict(zip(("all", "right", "wrong"), means))
+    return result | {"process": process, "responses": records}
 
 
 def sum_up(units: list[Unit]) -> dict:
@@ -368,24 +366,21 @@ def sum_up(units: list[Unit]) -> dict:
     benchmark, is None.
     """
 
-    def over(members: list[Unit], key: str = "accuracy", variant: str = "") -> Estimate:
-        values, weights = zip(*(unit.values[key] for unit in members))
-        if variant:
-            weights = [unit.records[0]["variant"] == variant for unit in members]
-        return estimate([unit.story for unit in members], values, weights)
+    def accuracy(members: list[Unit]) -> Estimate:
+        right = [unit.values[0] for unit in members]  # it is the first of the measures
+        return estimate([unit.story for unit in members], right, np.ones(len(members)))
 
     groups = {section: group_units(units, key) for section, key in SPLITS.items()}
-    estimates = map_sections(over, groups)
-    keys = [key for key in units[0].values if any(unit.values[key][1] for unit in units)]
-    overall = {key: over(units, key) for key in keys}
+    estimates = map_sections(accuracy, groups)
+    _, stories, measures, values, weights = zip(*units)
+    drawn = zip(measures[0], estimate(stories, values, weights).T)
+    overall = {measure: draws for measure, draws in drawn if not np.isnan(draws[0])}
     benchmarks = estimates["by_benchmark"].values()
     overall["macro"] = sum(benchmarks) / len(benchmarks)
-    variants = group_units(units, "variant")
-    overall |= {name: over(variants[name]) for name in variants if name}
-    if "hard" in variants and "control" in variants:
-        overall["shortcut_gap"] = over(units, variant="control") - over(units, variant="hard")
+    if "hard" in overall and "control" in overall:
+        overall["shortcut_gap"] = overall["control"] - overall["hard"]
     estimates["overall"] = overall
-    groups["overall"] = variants
+    groups["overall"] = group_units(units, "variant")
     values = map_sections(lambda draws: float(draws[0]), estimates)
     result = dict.fromkeys(MEASURES) | values["overall"] | values
     result |= {"n": len(units), "counts": map_sections(len, groups)}
@@ -395,18 +390,6 @@ def sum_up(units: list[Unit]) -> dict:
 def map_sections(function: Callable, sections: dict[str, dict]) -> dict[str, dict]:
     """Apply a function to each value of the dicts in a dict."""
     return {s: {name: function(v) for name, v in sections[s].items()} for s in sections}
-
-
-def split_process(records: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Average the process measures over all, right and wrong responses; None is a mean of none."""
-    process = {}
-    for key in PROCESS:
-        process[key] = {}
-        known = [record for record in records if record.get(key) is not None]
-        for name, verdicts in {"all": (True, False), "right": (True,), "wrong": (False,)}.items():
-            values = [record[key] for record in known if record["correct"] in verdicts]
-            process[key][name] = mean(values) if values else None
-    return process
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -490,6 +473,7 @@ TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
 ENDINGS = (".jsonl", ".json", ".csv")
+Reading = tuple[list[Problem], list[str]]  # problems, notes
 
 
 def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
@@ -514,9 +498,8 @@ def motivebench(row: dict, lang: str) -> Iterator[dict | str]:
     for place, kind in enumerate(("motivation", "behavior", "motivation and behavior"), start=1):
         sentences = re.split(r"(?<=[.!?])\s+", row[simplify(f"{kind} reasoning question")].strip())
         asking = [sentence for sentence in sentences if sentence.endswith("?")]
-        question = f"What is the most likely {kind}?"
-        if asking and len(sentences) > 1:
-            question = asking[-1]
+        unasked = f"What is the most likely {kind}?"
+        question = asking[-1] if asking and len(sentences) > 1 else unasked
         story = " ".join(sentence for sentence in sentences if sentence != question)
         item = dict(story=story, question=question, ability=kind)
         item |= dict(options=row[f"options{place}"], answer=row[f"correctanswer{place}"])
@@ -597,8 +580,7 @@ READERS = (
     Reader("tactfultom", "fullcontext beliefqas characters", tactfultom, shuffled=True),
     Reader("simpletom", "id story question choices answerkey", simpletom, shuffled=True),
     Reader("socialiqa", "context question answera answerb answerc", by_columns),
-    Reader("tombench", "question optiona 答案answer", by_columns),
-    Reader("tombench", "问题 选项a 答案answer", by_columns),
+    Reader("tombench", "答案answer", by_columns),
     Reader("problems", "", our_own),
 )
 
@@ -674,8 +656,7 @@ def find_letter(answer: str, options: dict[str, str], first_place: int) -> str:
         return same[0]
     if bare.isdecimal() and 0 <= int(bare) - first_place < len(options):
         return LETTERS[int(bare) - first_place]
-    expected = f"expected one letter of {''.join(options)}, or an option's text"
-    raise ValueError(f"answer {answer!r} has no option: {expected}")
+    raise ValueError(f"answer {answer!r} has no option: expected one letter of {''.join(options)}")
 
 
 def make_problem(item: dict, reader: Reader, first_place: int) -> tuple[Problem, list[str]]:
@@ -708,13 +689,15 @@ def make_problem(item: dict, reader: Reader, first_place: int) -> tuple[Problem,
     return Problem(**given), [f"repaired: {what}" for what, done in repairs.items() if done]
 
 
-def read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Problem], list[str]]:
-    """Read a file -> the benchmark's name, the problems, and notes with the rows they are about."""
+def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Reading:
+    """Read a file -> its problems, and notes with the rows that they are about."""
     raw = read_with_labels(file)
     if not raw:
         raise NoProblems("no rows; expected one problem a row")
     reader = recognise(file, list(raw[0][1]))
     reader = reader._replace(name=name or reader.name)
+    if in_folder and reader.name == "socialiqa" and re.search("train|trn", file.stem.lower()):
+        raise NoProblems("the training split; name the file to read it")
     rows = [(line, {simplify(key): row[key] for key in row}) for line, row in raw]
     # Some files count the options from 0, which only the file as a whole can tell.
     golds = [clean(first_cell(row, COLUMNS[lang]["answer"])) for _, row in rows]
@@ -738,7 +721,7 @@ def read_file(file: Path, name: str | None, lang: str) -> tuple[str, list[Proble
             raise ValueError(f"{file}:{line}: {error}") from None
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}:{line}: not a row of {reader.name}: {error!r}") from None
-    return reader.name, problems, [describe(file, note, notes[note]) for note in notes]
+    return problems, [describe(file, note, notes[note]) for note in notes]
 
 
 def describe(file: Path, note: str, lines: list[int]) -> str:
@@ -752,17 +735,12 @@ def read_with_labels(file: Path) -> list[tuple[int, dict]]:
     """Read rows; SocialIQA has their answers in a second file beside it, one a line."""
     rows = list(read_rows(file))
     labels = file.with_name(f"{file.stem}-labels.lst")
-    if labels.exists():
-        answers = labels.read_text(encoding="utf-8", errors="replace").split()
-        if len(answers) != len(rows):
-            raise ValueError(
-                f"{labels}: {len(answers)} answers for {len(rows)} rows of {file.name}"
-            )
-        rows = [(line, row | {"label": label}) for (line, row), label in zip(rows, answers)]
-    return rows
-
-
-Reading = tuple[set[str], list[Problem], list[str]]  # names of benchmarks, problems, notes
+    if not labels.exists():
+        return rows
+    answers = labels.read_text(encoding="utf-8", errors="replace").split()
+    if len(answers) != len(rows):
+        raise ValueError(f"{labels}: {len(answers)} answers for {len(rows)} rows of {file.name}")
+    return [(line, row | {"label": label}) for (line, row), label in zip(rows, answers)]
 
 
 def read_files(path: str | Path, name: str | None = None, lang: str = "en") -> Reading:
@@ -776,24 +754,19 @@ def read_files(path: str | Path, name: str | None = None, lang: str = "en") -> R
     files = [path]
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
-    names, problems, notes = set(), [], []
+    problems, notes = [], []
     for file in files:
         try:
-            benchmark, of_file, of_notes = read_file(file, name, lang)
-            training = benchmark == "socialiqa" and re.search("train|trn", file.stem.lower())
-            if training and file != path:
-                raise NoProblems("the training split; name the file to read it")
+            of_file, of_notes = read_file(file, name, lang, in_folder=file != path)
         except NoProblems as reason:
             if file == path:
                 raise ValueError(f"{file}: {reason}") from None
-            notes.append(f"{file}: left out: {reason}")
-            continue
-        names.add(benchmark)
+            of_file, of_notes = [], [f"{file}: left out: {reason}"]
         problems += of_file
         notes += of_notes
     if not problems:
         raise ValueError(f"{path}: no problems in {lang!r} found; expected .jsonl, .json or .csv")
-    return names, problems, notes
+    return problems, notes
 
 
 def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") -> list[Problem]:
@@ -802,16 +775,16 @@ def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") 
     The benchmark is recognised from the columns. Our JSONL has story, question, options (a list)
     and answer (a letter), and may have ability, source, id and variant. ValueError names the line.
     """
-    return read_files(path, name, lang)[1]
+    return read_files(path, name, lang)[0]
 
 
 def read_all(paths: list[Path], lang: str) -> list[Problem]:
     """Read several files and folders; say what was read, repaired and left out."""
     problems = []
     for path in paths:
-        names, of_path, notes = read_files(path, lang=lang)
-        summary = f"{path}: {len(of_path)} problems ({', '.join(sorted(names))})"
-        tqdm.write("\n  ".join([summary, *notes]))
+        of_path, notes = read_files(path, lang=lang)
+        names = sorted({problem.source.partition("/")[0] for problem in of_path})
+        tqdm.write("\n  ".join([f"{path}: {len(of_path)} problems ({', '.join(names)})", *notes]))
         problems += of_path
     return problems
 
@@ -831,14 +804,10 @@ def spread_problems(problems: list[Problem], count: int) -> list[Problem]:
     return list(itertools.chain(*spread(list(groups.values()), chosen)))
 
 
-def contamination(training: list[Problem], evaluation: list[Problem]) -> list[Problem]:
-    """Find the training problems whose story stands in the evaluation data, too."""
-    known = {normalise(problem.story) for problem in evaluation}
-    return [problem for problem in training if normalise(problem.story) in known]
-
-
 def contamination_note(training: list[Problem], evaluation: list[Problem]) -> str:
-    seen = contamination(training, evaluation)
+    """Say which training problems have a story that stands in the evaluation data, too."""
+    known = {normalise(problem.story) for problem in evaluation}
+    seen = [problem for problem in training if normalise(problem.story) in known]
     if not seen:
         return f"no story of the {len(training)} training problems stands in the evaluation data"
     names = [f"{problem.source} {problem.id}" for problem in seen[:3]] + ["..."] * (len(seen) > 3)
@@ -873,16 +842,14 @@ def read_result(path: Path) -> dict:
 
 
 def problem_of(record: dict) -> Problem:
-    names = [field.name for field in fields(Problem) if field.name != "answer"]
-    return Problem(**{name: record[name] for name in names}, answer=record["gold"])
+    return Problem(**{f.name: record[f.name] for f in fields(Problem)} | {"answer": record["gold"]})
 
 
 def measure_again(record: dict, reward_config: RewardConfig) -> dict:
     """Measure a stored record; LookupError, TypeError and ValueError say what does not fit."""
     problem, text, content = problem_of(record), record["text"], record.get("content")
-    texts = [text, *problem.options, *(asdict(problem) | {"options": ""}).values()]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError("a response with other than texts")
+    # Only texts can be joined: a TypeError for anything else.
+    "".join([text, *problem.options, *(asdict(problem) | {"options": ""}).values()])
     if content is not None:
         content = {stage: float(value) for stage, value in content.items()}
     measured = measure(problem, text, record["length"] + 0, content, reward_config)
@@ -892,14 +859,13 @@ def measure_again(record: dict, reward_config: RewardConfig) -> dict:
 def match(results: list[dict]) -> list[tuple[Unit, ...]]:
     """Pair the units that all results have, in the order of the first result.
 
-    Units with the same source, id, variant and questions are told apart by their turn.
+    Units of equal problems are told apart by their turn.
     """
     sides = []
     for result in results:
         units, turns = {}, Counter()
         for unit in make_units(result["responses"]):
-            name = tuple(unit.records[0][key] for key in ("source", "id", "variant"))
-            name += tuple(dict.fromkeys(record["question"] for record in unit.records))
+            name = tuple(dict.fromkeys(map(problem_of, unit.records)))
             units[name, turns[name]] = unit
             turns[name] += 1
         sides.append(units)
@@ -918,11 +884,8 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
         raise ValueError(f"{' and '.join(names)} have no problem in common")
     changes = []
     for before, after in pairs:
-        values = {}
-        for key, (value, weight) in before.values.items():
-            new_value, new_weight = after.values[key]
-            values[key] = (new_value - value, min(weight, new_weight))
-        changes.append(before._replace(values=values))
+        weights = np.minimum(before.weights, after.weights)
+        changes.append(before._replace(values=after.values - before.values, weights=weights))
     columns = (*names, "difference [95%]")
     results = dict(zip(columns, map(sum_up, (*zip(*pairs), changes))))
     rows = table_rows(results, with_intervals=columns[2:])
@@ -943,8 +906,8 @@ def report_page(results: dict[str, dict], tables: list[Rows], limit: int = 100) 
     shown = spread(units, limit)
     problems = []
     for sides in shown:
-        responses = [[r for r in unit.records if not r.get("sample")] for unit in sides]
-        problems += zip(*responses)
+        first_samples = [[r for r in unit.records if not r.get("sample")] for unit in sides]
+        problems += zip(*first_samples)
     page = dict(names=list(results), tables=tables, problems=problems, passages=mark_passages)
     page |= dict(count=f"{len(shown)} of {len(units)}", letters=LETTERS, stages=STAGES)
     template = (ASSETS / "report.html").read_text("utf-8")
@@ -967,9 +930,8 @@ def mark_passages(record: dict) -> list[tuple[str, list[tuple[str, str]]]]:
             marks[start:end] = ["early"] * (end - start)
     passages = []
     for stage, start, end in stage_spans(think):
-        runs = []
-        for mark, places in itertools.groupby(range(start, end), key=marks.__getitem__):
-            runs.append((mark, "".join(think[i] for i in places)))
+        groups = itertools.groupby(range(start, end), key=marks.__getitem__)
+        runs = [(mark, "".join(think[i] for i in places)) for mark, places in groups]
         passages.append((stage, runs))
     return passages
 
@@ -996,7 +958,7 @@ class EvalConfig(Settings):
     split: str = setting("test", "of generated stories", choices=("train", "test", "shift"))
     limit: int = setting(None, "problems; else 400 stories, or all data", low=1, kind=int)
     samples: int = setting(1, "responses per problem; more also give the majority's answer", low=1)
-    temperature: float = setting(0.0, "of sampling; 0 is greedy", low=0)
+    temperature: float = setting(None, "else 0, greedy; 1 with --samples", low=0, kind=float)
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, high=1)
     top_k: int = setting(0, "sampling from so many best tokens; 0 is off", low=0)
     max_new_tokens: int = setting(None, "else as generation_config.json says", low=1, kind=int)
@@ -1011,66 +973,69 @@ class EvalConfig(Settings):
             raise ValueError(f"{same}; expected a temperature above 0, such as 1")
 
 
+@dataclass(frozen=True)
+class Command(EvalConfig):
+    """What the command line asks for: an evaluation, or a comparison of two results."""
+
+    model: Path = setting(TINY, "checkpoint folder", kind=Path)
+    data: list = setting(None, "original files, folders, our JSONL", kind=Path, nargs="+")
+    train: list = setting(None, "look for their stories in the data", kind=Path, nargs="+")
+    instructions: Path = setting(None, "file with another system message", kind=Path)
+    content: Path = setting(None, "content model of rewards.py, to score the stages", kind=Path)
+    json: Path = setting(None, "write measures and responses here; can be resumed", kind=Path)
+    report: Path = setting(None, "write a page (HTML) with marked responses here", kind=Path)
+    compare: list = setting(None, "results: B - A", kind=Path, nargs=2, metavar=("A", "B"))
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    dtype: str = setting(None, "float32; cuda: bfloat16", kind=str, choices=("float32", "bfloat16"))
+
+
 def main() -> None:
     parser = Parser(description="Answer benchmarks or generated stories, or compare two results.")
-    add = parser.add_argument
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--model", type=Path, default=TINY, help="checkpoint folder; without it assets/tiny")
-    add("--data", type=Path, nargs="+", help="benchmarks' original files, folders, or our JSONL")
-    add("--train", type=Path, nargs="+", help="look for the stories of these files in the data")
-    add("--instructions", type=Path, metavar="FILE", help="another system message")
-    add("--content", type=Path, metavar="DIR", help="content model of rewards.py: scores stages")
-    add("--json", type=Path, metavar="FILE", help="write measures and responses; can be resumed")
-    add("--report", type=Path, metavar="FILE.html", help="write a page with marked responses")
-    add("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="two results: B - A")
-    add("--device", default=device, help=f"cuda or cpu ({device})")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the weights (on cuda bfloat16)")
-    EvalConfig.add_flags(parser)
-    args = parser.parse_args()
-    for path in filter(None, (args.json, args.report)):
+    Command.add_flags(parser)
+    command = Command().updated(parser.parse_args())
+    for path in filter(None, (command.json, command.report)):
         if not path.parent.is_dir() or path.is_dir():
             raise ValueError(f"{path}: expected the name of a file in a folder that exists")
-    if args.json and (args.compare or args.json == args.report):
+    if command.json and (command.compare or command.json == command.report):
         raise ValueError("--json: --compare writes no result, and --report needs another file")
-    if args.compare:
-        names = [f"{path.resolve().parent.name}/{path.stem}" for path in args.compare]
+    if command.compare:
+        names = [f"{path.resolve().parent.name}/{path.stem}" for path in command.compare]
         names = [f"A: {names[0]}", f"B: {names[1]}"]
-        results = dict(zip(names, map(read_result, args.compare)))
+        results = dict(zip(names, map(read_result, command.compare)))
         tables = [compare_rows(*results.values(), names)]
     else:
-        results = {args.model.name or str(args.model): run(args)}
-        tables = [table_rows(results, with_intervals=list(results))]
-        tables += map(process_rows, results.values())
+        result = run(command)
+        results = {command.model.name or str(command.model): result}
+        tables = [table_rows(results, with_intervals=list(results)), process_rows(result)]
     print(*map(aligned, tables), sep="\n\n")
-    if args.json:
-        print(f"every response: {args.json}")
-    if args.report:
-        write_text(args.report, report_page(results, tables))
-        print(f"the page: {args.report}")
+    if command.report:
+        write_text(command.report, report_page(results, tables))
+        print(f"the page: {command.report}")
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(command: Command) -> dict:
     """Run the evaluation that the flags ask for."""
-    config = EvalConfig().updated(args)
-    check_device(args.device)
-    if args.data:
-        problems = read_all(args.data, config.lang)
-        problems = spread_problems(problems, config.limit or len(problems))
+    check_device(command.device)
+    if command.data:
+        problems = read_all(command.data, command.lang)
+        problems = spread_problems(problems, command.limit or len(problems))
     else:
-        problems = generate_problems(config.limit or 400, config.seed, config.split)
-    if args.train:
-        print(contamination_note(read_all(args.train, config.lang), problems))
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    model = load_model(args.model, args.device, getattr(torch, dtype))
-    content = load_content_model(args.content, args.device) if args.content else None
-    file = args.instructions
+        problems = generate_problems(command.limit or 400, command.seed, command.split)
+    if command.train:
+        print(contamination_note(read_all(command.train, command.lang), problems))
+    default = "bfloat16" if command.device.startswith("cuda") else "float32"
+    model = load_model(command.model, command.device, getattr(torch, command.dtype or default))
+    content = load_content_model(command.content, command.device) if command.content else None
+    file, target = command.instructions, command.json
     instructions = file.read_text("utf-8").strip() if file else INSTRUCTIONS
-    journal = args.json.with_name(f"{args.json.name}.part") if args.json else None
+    journal = target.with_name(f"{target.name}.part") if target else None
+    settings = {field.name: getattr(command, field.name) for field in fields(EvalConfig)}
     more = dict(content=content, instructions=instructions, journal=journal, label="evaluating")
-    result = evaluate(model, Tokenizer(args.model), problems, **more, **vars(config))
-    if args.json:
-        write_json(args.json, result | {"model": str(args.model), "settings": vars(config)})
+    result = evaluate(model, Tokenizer(command.model), problems, **more, **settings)
+    if target:
+        write_json(target, result | {"model": str(command.model), "settings": settings})
         journal.unlink()
+        print(f"every response: {target}")
     return result
 
 

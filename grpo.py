@@ -1,5 +1,4 @@
-"""GRPO for social reasoning: train a language model on the reward of its whole reasoning
-trajectory.
+"""GRPO: train a language model on the reward of its whole reasoning.
 
 This is the method of Social-R1 (arXiv 2603.09249). [P] marks what the paper or its model card
 states, [O] what is our own choice because the public text is silent. One step of training:
@@ -7,43 +6,47 @@ states, [O] what is our own choice because the public text is silent. One step o
     1. roll out    sample G completions of each of P prompts from the policy itself
     2. score       give every completion a reward R                                   (rewards.py)
     3. compare     A_i = (R_i - mean(R)) / (std(R) + eps)          within the group of one prompt
-    4. update      for every token, with ratio = exp(logp - logp_old):
+    4. update      for every token of completion i, with ratio = exp(logp - logp_old):
 
-                   surrogate = min( ratio * A, clip(ratio, 1 - e, 1 + e) * A )
+                   surrogate = min( ratio * A_i, clip(ratio, 1 - e, 1 + e) * A_i )
                    KL        = exp(ref - logp) - (ref - logp) - 1
                    loss      = -( surrogate - beta * KL )      mean over tokens, then completions
     5. log
 
 Here logp, logp_old and ref are log-probabilities of one sampled token: under the policy that is
 being trained, under the policy as it was when it sampled the token, and under the reference, the
-model that training began with.
+model that training began with. eps avoids a division by 0, and e = 0.2 is the clip range.
 
 If you have trained supervised models only, these are the questions that the formulas leave open.
 
 *What is there to learn from, without a right answer to imitate?* The policy writes its own training
-data. A completion is a sequence of choices; if it earned more than expected, every choice in it
-becomes a little more likely, and if it earned less, a little less likely. That is the policy
-gradient: the gradient of the log-probability of what was sampled, times A, which says how much
-better than expected it was. With A = 1 for all tokens this would be supervised learning on the
-policy's own samples.
+data. We want the expected reward, the sum of p(y) R(y) over all completions y, to grow. As grad p =
+p * grad log p, its gradient is the sum of p(y) R(y) grad log p(y): the mean of R * grad log p over
+completions that the policy samples. So every choice in a completion that earned much becomes more
+likely. That is the policy gradient. Any constant may be subtracted from R, because the mean of
+grad log p is 0. With the expected reward subtracted, A says how much better than expected a
+completion was, and what was worse becomes less likely. With A = 1 everywhere it would be supervised
+learning on the policy's own samples.
 
 *Why a group?* "Better than expected" needs an expectation. Other methods train a second network to
 predict the reward. GRPO asks the same question G times and takes the mean reward of the group: what
-this policy earns on this problem at present. A hard problem's only right answer stands out, an easy
-problem's only mistake does too. Dividing by the standard deviation gives every problem the same
+this policy earns on this problem at present. A hard problem's only right answer stands out, and so
+does an easy problem's only mistake. Dividing by the standard deviation gives every problem the same
 say, whatever the scale of its rewards. Where all rewards are equal there is nothing to compare, and
-the advantages are 0.
+the advantages are 0; only the KL still acts.
 
-*Why a ratio?* Sampling is slow, so a rollout may serve several updates (--minibatches). From the
-second on, the tokens come from a policy that is no longer the one that is trained. The ratio of the
-two probabilities corrects for it: its gradient is ratio * grad logp, and a token that has become
-twice as likely counts twice, as it would in a fresh sample. In the first update of a rollout the
-two policies are the same: the ratio is 1, nothing is clipped, and the gradient is the plain policy
-gradient A * grad logp.
+*Why a ratio?* Sampling is slow, so a rollout may be split into several updates, each on other
+groups (--minibatches). From the second update on, the tokens come from a policy that is no longer
+the one that is trained. The ratio of the two probabilities corrects for it: its gradient is
+ratio * grad logp, and a token that has become twice as likely counts twice, as it would in a fresh
+sample. In the first update of a rollout the two policies are the same: the ratio is 1 but for
+rounding, nothing is clipped, and the gradient is the plain policy gradient A * grad logp. With one
+update per rollout, the default for real models, it is never anything else.
 
 *Why the clip, and why the minimum?* The ratio is trustworthy only near 1: a few tokens with a large
-ratio would otherwise run the show. So nobody is paid for moving a token's probability by more than
-e = 20% away from where it was sampled. The minimum makes that a limit on gains and never on losses:
+ratio would otherwise run the show. So nothing is gained by moving a token's probability further
+than e = 20% away from where it was sampled. The minimum sees to it that this cuts off the incentive
+to go further, and never the way back. Between 1 - e and 1 + e both branches are the same; outside:
 
                   ratio below 1 - e                     ratio above 1 + e
         A > 0     unclipped: it should become           clipped, gradient 0: it is likelier
@@ -55,22 +58,29 @@ Without the minimum, a mistake that has become likely (A < 0, ratio above 1 + e)
 flat part of the clip and could never be corrected.
 
 *Why a KL?* The reward sees only what it was written to see. The penalty for leaving the reference
-keeps fluent language, and what nobody rewards, from drifting away. The form above is an estimate
-from single samples ("k3"): with x = ref - logp it is exp(x) - x - 1, which is never negative,
-because exp(x) lies above its tangent x + 1, and has the KL divergence as its mean. The simpler -x
-has the same mean, but half of the time it would pay the policy for leaving.
+keeps fluent language, and whatever else nobody rewards, from drifting away. The form above is an
+estimate from single samples ("k3"). With x = ref - logp it is exp(x) - x - 1, which is never
+negative, because exp(x) lies above its tangent x + 1. The mean of -x over the policy's samples is
+the KL divergence, and the mean of exp(x) is the sum of p * ref / p = 1, so the mean of the whole is
+the KL divergence, too. Taken alone, -x would be useless in a loss: its gradient is grad logp, whose
+mean is 0.
 
 *What do micro-batches divide by?* The means above are over all completions of an update. A
 micro-batch that divided by its own count would weigh its completions differently from the others',
-so all divide by the counts of the whole update, and gradients add up to exactly those of one batch,
-in several processes too.
+so all divide by the counts of the whole update. Then gradients add up to exactly those of one
+batch, in several processes, too.
 
-*What does a completion earn that was cut off at the length limit?* What its text parses to, which
-mostly is 0, because the answer is missing. It stays in the loss: to run out of length is a mistake
-like any other.
+*What does a completion earn that was cut off at the length limit?* It is parsed and scored like any
+other, and mostly earns 0, because its answer is missing. It stays in the loss: to run out of length
+is a mistake like any other.
+
+*What does the loss say?* Hardly anything. The advantages of a group add up to 0, so with the ratio
+at 1 the surrogate is about 0 however much is learned. Watch the reward and its terms instead.
 
 The page goes on in this order: the objective, one step, the update, the loop, then settings,
-checkpoints, several processes, the plan of a run's memory, and the command line.
+checkpoints, several processes, the plan of a run's memory, and the command line. In one process,
+which is enough to read it, `of_this_process`, `summed`, `maximum` and `full_copy` return what they
+are given.
 """
 
 from __future__ import annotations
@@ -80,7 +90,6 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -145,7 +154,7 @@ def group_advantages(
 
 
 def flat_groups(rewards: Tensor, min_spread: float = 1e-3) -> Tensor:
-    """Say which groups teach nothing because their rewards are the same; (P, G) -> bool (P,)."""
+    """Say in which groups the rewards are as good as equal; (P, G) -> bool (P,)."""
     return rewards.amax(dim=1) - rewards.amin(dim=1) <= min_spread
 
 
@@ -360,13 +369,21 @@ def log_line(step: int, groups: Grid, rewards: Grid, facts: dict) -> dict:
     parts = [reward.parts | {"reward": reward.total} for group in rewards for reward in group]
     totals = torch.tensor([[reward.total for reward in group] for group in rewards])  # (P, G)
     sums = {term: sum(part[term] for part in parts) for term in known(parts[0])}
-    sums["flat_groups"] = len(groups[0]) * int(flat_groups(totals).sum())
     sums["length"] = sum(len(completion.tokens) for completion in completions)
     sums["finished"] = sum(completion.finished for completion in completions)
-    sums = summed(sums | {"completions": len(completions)})
-    line = {"step": step, **dict.fromkeys(parts[0])}
-    line |= {name: value / sums["completions"] for name, value in sums.items()}
-    line |= {"completions": sums["completions"], **facts}
+    counts = {
+        "flat": int(flat_groups(totals).sum()),
+        "groups": len(groups),
+        "all": len(completions),
+    }
+    counts, sums = summed(counts), summed(sums)
+    line = {"step": step, **dict.fromkeys(parts[0])}  # a term that is not known stays None
+    line |= {name: value / counts["all"] for name, value in sums.items()}
+    line |= {
+        "flat_groups": counts["flat"] / counts["groups"],
+        "completions": counts["all"],
+        **facts,
+    }
     line["tokens_per_second"] = sums["length"] / facts["seconds"]["rollout"]
     return dict.fromkeys(line) | known(line)
 
@@ -393,7 +410,7 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     """
     model, optimizer = policies.model, policies.optimizer
     sums = dict.fromkeys(("kl", "clip_fraction", "entropy", "tokens"), 0.0)
-    losses, norms, weights, drifts = [], [], [], []
+    losses, norms, sizes, drifts = [], [], [], []
     for minibatch in minibatches(rollout, config.minibatches):
         batch_sums, drift = accumulate(policies, minibatch, config)
         norm = float(full_tensor(clip_grad_norm_(model.parameters(), config.max_grad_norm)))
@@ -401,7 +418,7 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
             optimizer.step()
             losses.append(batch_sums["loss"])
             norms.append(norm)
-            weights.append(batch_sums["completions"])
+            sizes.append(batch_sums["completions"])
         optimizer.zero_grad(set_to_none=True)
         drifts.append(drift)
         for name in sums:
@@ -410,10 +427,9 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     means = {name: value / tokens for name, value in sums.items()}
     if policies.reference is None:
         means["kl"] = None
-    made = max(sum(weights), 1)
     return {
-        "loss": sum(map(operator.mul, losses, weights)) / made if losses else None,
-        "grad_norm": sum(map(operator.mul, norms, weights)) / made if losses else None,
+        "loss": float(np.average(losses, weights=sizes)) if losses else None,
+        "grad_norm": float(np.average(norms, weights=sizes)) if losses else None,
         "skipped": config.minibatches - len(losses),
         **means,
         # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
@@ -422,20 +438,20 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
 
 
 def accumulate(
-    policies: Policies, rollout: list[Group], config: GRPOConfig
+    policies: Policies, minibatch: list[Group], config: GRPOConfig
 ) -> tuple[dict[str, float], float]:
     """Add up the gradients of one update's loss, a micro-batch at a time.
 
     Returns the loss and sums over the tokens of all processes, and the largest difference between
     the sampler's log-probabilities and the trainer's.
     """
-    completions, tokens = count(rollout)
+    completions, tokens = count(minibatch)
     length = config.max_new_tokens
     objective = dict(clip_eps=config.clip_eps, beta=config.beta, reduction=config.reduction)
     normalizer = loss_normalizer(completions, tokens, config.reduction, length)
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
-    for batch in equally_many(micro_batches(rollout, config.token_budget)):
+    for batch in equally_many(micro_batches(minibatch, config.token_budget)):
         prompts = [group.prompt for group in batch]
         ids = [[completion.tokens for completion in group.completions] for group in batch]
         logprobs, mask, entropies = logprobs_and_entropy(policies.model, prompts, ids)  # (b, T)
@@ -466,9 +482,9 @@ def accumulate(
     return summed(sums) | {"completions": completions}, maximum(drift)
 
 
-def count(rollout: list[Group]) -> tuple[float, float]:
+def count(minibatch: list[Group]) -> tuple[float, float]:
     """Count the completions and the tokens of an update, in all processes."""
-    lengths = [len(completion.tokens) for group in rollout for completion in group.completions]
+    lengths = [len(completion.tokens) for group in minibatch for completion in group.completions]
     counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
     return counts["completions"], counts["tokens"]
 
@@ -645,7 +661,7 @@ def evaluate_held_out(
     """Sample answers to the held-out problems at temperature 1; only the first process does."""
     policy, config = full_copy(training.policies.model, run), run.config
     settings = dict(temperature=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    settings["reward_config"] = run.reward_config
+    settings |= dict(reward_config=run.reward_config, content=training.content_model)
     results = {}
     for name, problems in training.held_out.items():
         if problems and rank() == 0:
@@ -671,7 +687,7 @@ def write_results(path: Path, results: dict[str, dict]) -> None:
 
 @contextmanager
 def advice(run: Run) -> Iterator[None]:
-    """Add to the error of a run that diverges what can be done."""
+    """Add to the error of a run that diverges from where to start anew."""
     try:
         yield
     except Diverged as error:
@@ -707,14 +723,10 @@ class Interrupt:
 
 def announce(run: Run, training: Training, first: int) -> None:
     """Say at the start what is trained on what."""
-    config, model = run.config, training.policies.model
-    parameters = sum(p.numel() for p in model.parameters())
-    content = run.content or "off (no --content, or no weight); the other terms keep theirs"
-    print_first(
-        f"{parameters / 1e6:.2f}M parameters, {len(training.problems)} training problems, "
-        f"{config.prompts} x {config.group_size} completions a step, {config.steps - first} steps "
-        f"to go\nR_content: {content}"
-    )
+    parameters = sum(p.numel() for p in training.policies.model.parameters()) / 1e6
+    content = run.content or "off (no --content, or no weight), the other weights stay as they are"
+    print_first(f"{parameters:.2f}M parameters, {len(training.problems)} training problems,")
+    print_first(f"{run.config.steps - first} steps to go; R_content: {content}")
 
 
 def show(bar: tqdm, line: dict) -> None:
@@ -726,7 +738,7 @@ def show(bar: tqdm, line: dict) -> None:
 def open_log(out: Path, first: int) -> TextIO:
     """Open metrics.jsonl to append step `first`.
 
-    Lines of this and later steps, which a killed run has left, go first, and so do torn ones.
+    Lines of this and later steps, which a killed run has left, are removed, and so are torn ones.
     """
     if rank():
         return open(os.devnull, "w")
@@ -763,8 +775,8 @@ def report(run: Run, finished: int, checkpoint: Path | None) -> None:
             results |= dict(pair)
         if results:
             print(f"\n{table(results)}")
-        rewards = [line["reward"] for line in read_log(run.out / "metrics.jsonl")]
-        print(f"\nmean reward of the first step: {rewards[0]:.3f}; of the last: {rewards[-1]:.3f}")
+        right = [line["out"] for line in read_log(run.out / "metrics.jsonl")]
+        print(f"\nright answers in training: {right[0]:.3f} at first, {right[-1]:.3f} at last")
         print(f"model: {checkpoint}\nlog: {run.out}/metrics.jsonl")
         print(f"every response before and after: {run.out}/before.json, after.json")
         print(f"next: python eval.py --model {checkpoint}")
@@ -1084,7 +1096,7 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     Libraries, the content model, and what an allocator loses between tensors come on top.
     """
     config, workers, sharded = run.config, world_size(), is_sharded(run)
-    device, number = torch.device(run.device), 2 if run.dtype == "bfloat16" else 4  # bytes
+    device, size = torch.device(run.device), 2 if run.dtype == "bfloat16" else 4  # bytes a value
     total, block, outside = count_parameters(model)
     d, kv = model.hidden_size, model.num_key_value_heads * model.head_dim
     head = d * model.vocab_size
@@ -1095,29 +1107,29 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     # Sampling: the caches of one wave, its logits, a piece of the prefill, a copy of the weights.
     wave = SAMPLING_BUDGET // (group + G * logits_in_tokens(model))
     wave = max(1, min(prompts, wave))  # prompts at a time
-    cache = 2 * model.num_hidden_layers * kv * number * wave * group
+    cache = 2 * model.num_hidden_layers * kv * size * wave * group
     sampling_logits = 3 * 4 * wave * G * model.vocab_size
-    prefill = number * min(prefill_tokens(device), wave * prompt_length)
+    prefill = size * min(prefill_tokens(device), wave * prompt_length)
     prefill *= 2 * model.intermediate_size + 6 * d
     copy = 0
-    if sharded and (device.type == "cuda" or workers > 1 or number == 2):
-        copy = number * total
+    if sharded and (device.type == "cuda" or workers > 1 or size == 2):
+        copy = size * total
     reordered = 4 * (block * model.num_hidden_layers + head)
-    if device.type == "cpu" and number == 4 and reordered <= REORDER_LIMIT:
+    if device.type == "cpu" and size == 4 and reordered <= REORDER_LIMIT:
         copy += reordered
 
     # Training: one micro-batch, and the gradients of those before it.
     tokens = math.ceil(prompts / config.minibatches) * group
     before = 4 * total / workers if tokens > config.token_budget else 0
     tokens = min(tokens, max(config.token_budget, prompt_length + T))
-    kept, at_work, at_loss = activations(model, config, tokens, prompt_length, number)
+    kept, at_work, at_loss = activations(model, config, tokens, prompt_length, size)
     chunk = min(ChunkedLogProbs.SIZE, tokens * G * T // group * model.vocab_size)
-    logits = 8 * chunk + (number * chunk if number < 4 else 0)
+    logits = 8 * chunk + (size * chunk if size < 4 else 0)
     gathered, returning = 0, 0
     if sharded:  # one block computes while the next one arrives
-        gathered = number * (outside + 2 * block) * (2 if config.beta else 1)
+        gathered = size * (outside + 2 * block) * (2 if config.beta else 1)
         returning = gathered + 4 * (outside + block)
-    reference = number * total / workers if config.beta else 0
+    reference = size * total / workers if config.beta else 0
     return {
         "weights (fp32)": (4 * total / workers,) * 4,
         "AdamW's states (fp32)": (8 * total / workers,) * 4,
@@ -1141,19 +1153,19 @@ def count_parameters(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def activations(
-    model: ModelConfig, config: GRPOConfig, tokens: int, prompt_length: int, number: int
+    model: ModelConfig, config: GRPOConfig, tokens: int, prompt_length: int, size: int
 ) -> tuple[float, float, float]:
-    """Return the bytes of activations that are kept for the way back, that a block takes on its way
-    back, and that are there when the loss is computed.
+    """Return the bytes of activations that are kept for the way back, that a block takes in its
+    backward pass, and that are there when the loss is computed.
     """
     d, ffn = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
     attention = 2 * kv + prompt_length + config.max_new_tokens  # keys and values together; mask
     norms = 4 * (4 * d + 2 * q)  # in fp32
-    in_block = tokens * (number * (4 * ffn + 3 * d + 2 * q + 2 * kv + attention) + norms)
-    at_work = in_block + tokens * number * 3 * ffn
+    in_block = tokens * (size * (4 * ffn + 3 * d + 2 * q + 2 * kv + attention) + norms)
+    at_work = in_block + tokens * size * 3 * ffn
     if config.recompute:
-        kept = tokens * model.num_hidden_layers * d * number
+        kept = tokens * model.num_hidden_layers * d * size
         return kept, at_work, kept
     kept = (model.num_hidden_layers - 1) * in_block
     return kept, at_work, kept + in_block

@@ -244,12 +244,13 @@ class Packed:
         row        p  p  p | a  a | b  b  b | q  q | c  c    a and b complete p, c completes q
         position   0  1  2   3  4   3  4  5   0  1   2  3    what each would have alone
 
-    A token attends to its prompt and to what precedes it in its own completion (x):
+    A token attends to its prompt and to what precedes it in its own completion (x). Of each prompt
+    and completion only the last token's line is shown:
 
                p  p  p  a  a  b  b  b  q  q  c  c
           p    x  x  x
           a    x  x  x  x  x
-          b    x  x  x        x  x  x                            the last token of each is drawn
+          b    x  x  x        x  x  x
           c                            x  x  x  x
 
     `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `cache` is None, or

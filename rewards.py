@@ -9,36 +9,37 @@ Social-R1 (arXiv 2603.09249) makes it from five terms:
     R = R_fmt * ( w_out * R_out + tau(t) * ( w_struct * R_struct + w_content * R_content ) ) * R_len
 
     R_fmt      can the response be read?             R_content  is each stage true of the story?
-    R_out      is the answer right?                  R_len      does it say much in few words?
+    R_out      is the answer right?                  R_len      is it neither empty nor padded?
     R_struct   are the stages there, in order, without a look at the options?
 
-Why the reasoning is rewarded, and not the answer alone. Four options make a guess right in one
-case of four. A shortcut ("people know whatever I, the reader, know") is right far more often, as
-long as the questions are easy. A reward for the letter pays both as much as it pays thought, and
-the paper names two habits that grow from this. *Reasoning parasitism*: the model settles on an
-option first and then writes a justification for it. *Interpretation bottleneck*: the model repeats
-what was said and done, but never works out what each person therefore believes, wants and feels.
-The letter does not show these habits; the reasoning that leads to it does. R_struct looks at the
-course of the reasoning, and R_content at what it says. Both rely on its four stages, which come
-from Social Information Processing (SIP), a model of how people read a social situation.
+Why the reasoning is rewarded, and not the answer alone. Four options make a guess right in one case
+of four. A shortcut ("people know whatever I, the reader, know") is right far more often, as long as
+the questions are easy. A reward for the letter pays both as much as it pays thought, and the paper
+names two habits that grow from this. *Reasoning parasitism*: the model settles on an option first
+and then writes a justification for it. *Interpretation bottleneck*: the model repeats what was said
+and done, but never works out what each person therefore believes, wants and feels. The letter does
+not show these habits; the reasoning that leads to it does. R_struct looks at the course of the
+reasoning, and R_content at what it says. Both rely on its four stages, which come from Social
+Information Processing (SIP), a model of how people read a social situation.
 
-Why the outcome comes first. A letter can be compared with the truth. Good reasoning cannot: a
-rule and a small model stand in for a judge, and pleasing them is easier than reasoning well. Paid
-for the process from the start, a policy may learn to write four headings and fill them with
-anything. So the curriculum tau(t) starts low, while the policy learns to be right, and rises to 1,
-so that it learns to be right for a reason.
+Why the outcome comes first. A letter can be compared with the truth. Good reasoning cannot: a rule
+and a small model stand in for a judge, and pleasing them is easier than reasoning well. Paid for
+the process from the start, a policy may learn to write four headings and fill them with anything.
+So the curriculum tau(t) starts low, while the policy learns to be right, and rises to 1, so that it
+learns to be right for a reason.
 
 Why some terms are factors and some are addends. A factor is a condition. If a response has no
-readable answer, or rambles on until it is cut off, then no merit can make up for that, and R is 0
-or close to it. An addend is a merit that counts without the others. A right letter after a muddle
-is worth something, and so is sound reasoning that ends at a wrong letter. This matters because
-GRPO learns from nothing but differences between responses to the same question: where all of them
-are right, or all are wrong, the letter makes no difference, but the reasoning still does.
+readable answer, or says next to nothing, or says the same again and again, then no merit can make
+up for that, and R is 0 or close to it. An addend is a merit that counts without the others. A right
+letter after a muddle is worth something, and so is sound reasoning that ends at a wrong letter.
+This matters because GRPO learns from nothing but differences between responses to the same
+question: where all of them are right, or all are wrong, the letter makes no difference, but the
+reasoning still does.
 
 Two marks tell where a rule or a number comes from. [P]: the paper states it. [O]: it is our own
-choice, because the paper is silent or asks a closed model to judge. The docstring of each term
-says what the term is against and what it cannot catch. The latter matters as much as the former:
-what a reward overlooks is what a policy finds. The README shows what the cheapest tricks earn.
+choice, because the paper is silent or asks a closed model to judge. The docstring of each term says
+what the term is against and what it cannot catch. The latter matters as much as the former: what a
+reward overlooks is what a policy finds. The README shows what the cheapest tricks earn.
 
 Each term is a float in [0, 1], and the total comes with its terms, so that a run can log them all.
 A response may be any text: its reward is defined, costs linear time, and never raises an error.
@@ -95,10 +96,10 @@ def structure_reward(response: Response, problem: Problem) -> float:
 
         coverage      = stages present / 4
         order         = most stages that stand in the right order / stages present
-        independence  = passages before the answer stage that name no option / these passages
+        independence  = sections that name no option / sections
 
-    The passages before the answer stage are all other stages, wherever they stand, and the text
-    before the first heading. Independence is 1 when there is no such passage.
+    The sections are the stages before the answer stage (Response Generation), wherever they stand,
+    and the text before the first heading. Independence is 1 when there is no such section.
 
     Against reasoning parasitism: a justification tends to name its option before there is a reason
     to. It cannot catch stages that say nothing (four headings over filler earn 1), nor an option
@@ -106,10 +107,10 @@ def structure_reward(response: Response, problem: Problem) -> float:
     """
     coverage = len(response.stages) / len(STAGES)
     independence = 1 - mean(early_options(response, problem))
-    return coverage * stage_order(response) * independence
+    return coverage * order_fraction(response) * independence
 
 
-def stage_order(response: Response) -> float:
+def order_fraction(response: Response) -> float:
     """Return the longest increasing subsequence of the stages / the stages present, or 0 of none.
 
     The longest increasing subsequence is what remains, in order, when as few stages as possible
@@ -124,10 +125,10 @@ def stage_order(response: Response) -> float:
 
 
 def early_options(response: Response, problem: Problem) -> list[bool]:
-    """Tell for each passage before the answer stage whether it names an option."""
+    """Tell for each section before the answer stage whether it names an option."""
     stages = [text for name, text in response.stages if name != STAGES[-1]]
-    passages = [response.preamble, *stages]
-    return [bool(option_mentions(passage, problem)) for passage in passages if passage]
+    sections = [response.preamble, *stages]
+    return [bool(option_mentions(section, problem)) for section in sections if section]
 
 
 def content_reward(scores: list[float]) -> float:
@@ -139,8 +140,9 @@ def content_reward(scores: list[float]) -> float:
 
     Against the interpretation bottleneck: a stage that reports what is real where somebody's
     belief was asked for, or the cues of the wrong person, gets a low score. It cannot catch what
-    the content model was never taught. And a mean has a gap of its own: to leave out a stage costs
-    nothing here if that stage would have scored 0. R_struct closes it, by coverage.
+    the content model was never taught. And a mean has a gap of its own: leaving out a stage that
+    would score below the others raises it. The coverage in R_struct takes as much back, as long as
+    order and independence are 1.
     """
     return mean([logistic(score) for score in scores])
 
@@ -152,7 +154,7 @@ def length_reward(
     max_length: int = 1024,
     sharpness: float = 50.0,
 ) -> float:
-    """Reward saying much in few words: R_len in [0, 1] [P].
+    """Reward reasoning that is neither empty nor padded: R_len in [0, 1] [P].
 
         R_len     = window(L) * distinct 4-grams / all 4-grams of the words of the reasoning   [O]
         window(L) = s(k (L - Lmin) / (Lmax - Lmin)) * (1 - s(k (L - Lmax) / (Lmax - Lmin)))    [P]

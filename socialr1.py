@@ -281,7 +281,10 @@ class World:
         self.views = {a: self.models[a, a] for a in people}
 
     def apply(self, event: Event) -> None:
-        """Let an event happen."""
+        """Update what is real, who is present and what everybody perceived.
+
+        Who is absent misses a change; the others see that, and the view notes it for them all.
+        """
         if event.kind == "leave":
             self.present.discard(event.actor)
         elif event.kind == "return":

@@ -9,7 +9,7 @@ import torch
 
 import eval
 from eval import (
-    compare_rows, contamination, contamination_note, estimate, evaluate, interval, measure, read_benchmark,
+    compare_rows, contamination_note, estimate, evaluate, interval, measure, read_benchmark,
     read_files, read_result, report_page, spread_problems, summarise, table, table_rows,
 )  # fmt: skip
 from model import Tokenizer, generate, generate_stream, load_model
@@ -22,6 +22,11 @@ def write(tmp_path, name, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
+
+
+def read(path):
+    problems, notes = read_files(path)
+    return {problem.source.partition("/")[0] for problem in problems}, problems, notes
 
 
 def lines(*rows):
@@ -61,7 +66,7 @@ def test_tombench_in_both_languages(tmp_path):
         ),  # four options in English only: that question belongs to another story
     ]
     path = write(tmp_path, "False Belief Task.jsonl", "\n".join(rows))
-    names, problems, notes = read_files(path)
+    names, problems, notes = read(path)
     assert names == {"tombench"} and sorted(notes) == [
         f"{path}: 1 left out: its English question belongs to another story (row 4)",
         f"{path}: 1 repaired: more than a letter as answer (row 3)",
@@ -101,10 +106,13 @@ def test_our_jsonl_and_folders(tmp_path):
     write(tmp_path, "below/two.jsonl", json.dumps(row | {"answer": "a b"}) + "\n")
     write(tmp_path, "notes.txt", "no benchmark")
     write(tmp_path, "settings.json", '{"a": 1}')
-    names, problems, notes = read_files(tmp_path)
-    assert sorted(p.answer for p in problems) == ["A", "B"] and names == {"problems"}
+    names, problems, notes = read(tmp_path)
+    assert sorted(p.answer for p in problems) == ["A", "B"] and names == {"x"}
     assert f"{tmp_path}/settings.json: left out: no rows; expected one problem a row" in notes
     assert Problem("s", "q", ("a b", "c"), "B", "desire", "x", "7", "hard") in problems
+    unnamed = {key: row[key] for key in ("story", "question", "options", "answer")}
+    (problem,) = read_benchmark(write(tmp_path, "three.jsonl", lines(unnamed)))
+    assert (problem.source, problem.id) == ("problems/three", "three:1")
 
 
 def test_tombench_hard_csv(tmp_path):
@@ -146,7 +154,7 @@ def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
     with pytest.raises(ValueError, match="no column for answer; the columns are: 'context'"):
         read_benchmark(path)
     labels = write(tmp_path, "dev-labels.lst", "3\n1\n2\n")
-    names, problems, _ = read_files(path)
+    names, problems, _ = read(path)
     assert names == {"socialiqa"} and [p.answer for p in problems] == ["C", "A", "B"]
     assert (
         problems[0].options == ("to be kind", "to win", "no reason")
@@ -170,7 +178,7 @@ def test_socialiqa_with_labels_beside_it_or_in_the_row(tmp_path):
         write(tmp_path, "whole/train.jsonl", lines(row | {"label": "2"})),
         write(tmp_path, "whole/test.jsonl", lines(row)),
     )
-    _, problems, notes = read_files(tmp_path / "whole")
+    _, problems, notes = read(tmp_path / "whole")
     assert [p.answer for p in problems] == ["A"] and read_benchmark(train)[0].answer == "B"
     columns = "'context', 'question', 'answerA', 'answerB', 'answerC'"
     assert notes == [
@@ -193,7 +201,7 @@ def test_emobench(tmp_path):
         "cause_choices": ["The cup, old, was gone", "No cup", "A cup", "Her cup"], "cause_label": "A cup",
     }  # fmt: skip
     zh = eu | {"language": "zh", "subject": "安"}
-    names, problems, notes = read_files(write(tmp_path, "EU.jsonl", lines(eu, zh)))
+    names, problems, notes = read(write(tmp_path, "EU.jsonl", lines(eu, zh)))
     assert names == {"emobench"} and len(problems) == 2
     emotion, cause = problems
     assert (
@@ -237,9 +245,7 @@ def test_motivebench(tmp_path):
             f"{kind} Reasoning Question": f"Ann runs {place}. She sweats. What is it?" if place < 3 else "Ann runs 3.",
             f"Options {place}": [f"{letter}. text {letter}. more" for letter in "ABCDEF"], f"Correct Answer {place}": "BCF"[place - 1],
         }  # fmt: skip
-    names, problems, _ = read_files(
-        write(tmp_path, "Blog_questions.json", json.dumps([row], indent=4))
-    )
+    names, problems, _ = read(write(tmp_path, "Blog_questions.json", json.dumps([row], indent=4)))
     assert names == {"motivebench"} and [gold(p) for p in problems] == [
         "text B. more",
         "text C. more",
@@ -264,7 +270,7 @@ def test_hitom_reads_the_trustworthy_half(tmp_path):
         "answer": "d_box",
         "story": "Read the following story.\n" + row["story"],
     }
-    names, problems, notes = read_files(
+    names, problems, notes = read(
         write(tmp_path, "Hi-ToM_data.json", json.dumps({"data": [row, repeat]}))
     )
     assert names == {"hitom"} and len(problems) == 1
@@ -302,9 +308,7 @@ def test_tactfultom(tmp_path):
             ask("b2", "What does Ann believe about Bo's belief?", "Ann believes so", "Ann is unaware"),
         ],
     }  # fmt: skip
-    names, problems, notes = read_files(
-        write(tmp_path, "Tactful_conv_set_0.json", json.dumps([row]))
-    )
+    names, problems, notes = read(write(tmp_path, "Tactful_conv_set_0.json", json.dumps([row])))
     assert names == {"tactfultom"} and {p.id: gold(p) for p in problems} == {
         "j": "Because, well, so", "l": "x", "b0": "Ann believes it", "b2": "Ann believes so"}  # fmt: skip
     assert {p.id: len(p.options) for p in problems} == {"j": 4, "l": 4, "b0": 4, "b2": 2}
@@ -322,7 +326,7 @@ def test_simpletom(tmp_path):
     ]  # fmt: skip
     for folder, row in zip(("mental-state-qa", "behavior-qa", "judgment-qa"), rows):
         write(tmp_path, f"{folder}/test.jsonl", lines(row))
-    names, problems, _ = read_files(tmp_path)
+    names, problems, _ = read(tmp_path)
     assert names == {"simpletom"} and all(gold(p) == "No" for p in problems)
     assert sorted(p.source for p in problems) == [
         "simpletom/behavior",
@@ -636,9 +640,9 @@ def test_contamination_sees_through_numbers_marks_and_case():
     seen = Problem("1 Ann LEFT,\n2 the hall.", "q", ("a", "b"), "A", source="x", id="7")
     other = Problem("Bo left the hall.", "q", ("a", "b"), "A")
     evaluation = [Problem("Ann left the hall", "another question", ("c", "d"), "B")]
-    assert contamination([seen, other], evaluation) == [seen]
-    assert contamination_note([seen, other], evaluation).startswith(
-        "WARNING: 1 of 2 training problems have a story that stands"
+    assert (
+        contamination_note([seen, other], evaluation)
+        == "WARNING: 1 of 2 training problems have a story that stands in the evaluation data: x 7"
     )
     assert (
         contamination_note([other], evaluation)
@@ -828,6 +832,8 @@ def test_the_command_line(tmp_path, command):
     assert not (tmp_path / "a.json.part").exists()
     code, out, _ = command(eval.main, "--compare", result, result, "--report", page)
     assert code == 0 and "0.000 [0.000, 0.000]" in out and page.read_text().count("<article>") == 8
+    code, out, _ = command(eval.main, "--limit", "2", "--samples", "3", "--max-new-tokens", "60")
+    assert code == 0 and re.search(r"majority +2 +\d\.\d{3} \[", out)
     overlapping = write(
         tmp_path,
         "train.jsonl",
@@ -860,6 +866,7 @@ def test_the_command_line_fails_in_one_line(tmp_path, command):
             ["--samples", "2", "--temperature", "0"],
             "error: --samples 2 --temperature 0: greedy samples are all the same",
         ),
+        (["--dtype", "int8"], "error: argument --dtype: invalid choice: 'int8'"),
         (
             ["--report", str(tmp_path / "no" / "x.html")],
             f"error: {tmp_path}/no/x.html: expected the name of a file in a folder that exists",

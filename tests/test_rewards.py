@@ -17,7 +17,7 @@ from rewards import (
     option_mentions,
     outcome_reward,
     parse_groups,
-    stage_order,
+    order_fraction,
     structure_reward,
     total_reward,
 )
@@ -185,8 +185,8 @@ def test_structure(lines, value):
 
 
 def test_stage_order():
-    assert stage_order(respond(CE, GC, CI, RG)) == 0.75
-    assert stage_order(respond("nothing")) == 0.0
+    assert order_fraction(respond(CE, GC, CI, RG)) == 0.75
+    assert order_fraction(respond("nothing")) == 0.0
 
 
 @pytest.mark.parametrize(
