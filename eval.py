@@ -20,11 +20,10 @@ is therefore narrower than the intervals of the two accuracies suggest, and two 
 intervals overlap may still differ for certain.
 
 What a right letter does not show. The paper's claims are about reasoning, and each measure below
-speaks to one of them. The measures from parse_rate on are also split by right and wrong responses:
+speaks to one of them. The process measures are those from parse_rate on:
 a habit that wrong responses have more often than right ones is one that costs answers.
 
     accuracy       responses with the right letter; one without a readable answer is wrong
-    majority       the accuracy of the most frequent answer, where there are several samples
     macro          the mean of the benchmarks' accuracies, as in the paper's main table [P]
     hard, control  the accuracy on generated stories where a shortcut, "people know whatever the
                    reader knows", leads to a wrong option, and on their twins, where it leads to
@@ -72,11 +71,10 @@ from model import ModelConfig, Tokenizer, Transformer
 from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
 from rewards import WORD, load_content_model, option_mentions, order_fraction, total_reward, words
-from socialr1 import INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
+from socialr1 import ASSETS, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
 from socialr1 import build_messages, exit_on_error, generate_problems, parse_response, read_rows
 from socialr1 import setting, stage_spans, write_json, write_text
 
-ASSETS = Path(__file__).parent / "assets"
 
 # ------------------------------------------------------------------------------ answering problems
 
@@ -101,8 +99,10 @@ def evaluate(
     if not problems:
         raise ValueError("no problems to evaluate")
     config = EvalConfig(**settings)
-    longest, thinking = config.max_new_tokens or tokenizer.max_new_tokens, config.thinking
-    prompts = check_lengths(model.config, tokenizer, problems, longest, thinking, instructions)
+    longest = config.max_new_tokens or tokenizer.max_new_tokens
+    chats = [build_messages(problem, instructions) for problem in problems]
+    prompts = [tokenizer.chat(messages, config.thinking) for messages in chats]
+    check_lengths(model.config, problems, prompts, longest)
 
     # 1. Ask for what the journal does not hold yet. An answer depends on the model, the settings of
     # sampling and the prompt, so together these name it; equal prompts have equal answers.
@@ -134,24 +134,17 @@ def evaluate(
 
 
 def check_lengths(
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    problems: list[Problem],
-    max_new_tokens: int,
-    thinking: bool = True,
-    instructions: str = INSTRUCTIONS,
-) -> list[list[int]]:
-    """Return the prompts; ValueError names the first that leaves no space for an answer.
+    config: ModelConfig, problems: list[Problem], prompts: list[list[int]], max_new_tokens: int
+) -> None:
+    """ValueError names the first problem whose prompt leaves no space for an answer.
 
     This comes before all work, so that a long problem does not end an evaluation in its last hour.
     """
-    prompts = [tokenizer.chat(build_messages(p, instructions), thinking) for p in problems]
     context = config.max_position_embeddings
     for problem, prompt in zip(problems, prompts):
         if len(prompt) + max_new_tokens > context:
             tokens = f"{len(prompt)} + --max-new-tokens {max_new_tokens} tokens"
             raise ValueError(f"problem {problem.id!r}: {tokens} exceed the context, {context}")
-    return prompts
 
 
 def read_journal(journal: Path) -> dict[str, list[tuple[str, int]]]:
@@ -195,18 +188,14 @@ def ground(content: ContentModel, problem: Problem, text: str) -> dict[str, floa
 
 
 def measure(
-    problem: Problem,
-    text: str,
-    length: int,
-    content: dict[str, float] | None = None,
-    reward_config: RewardConfig = RewardConfig(),
+    problem: Problem, text: str, length: int, content: dict | None = None, config=RewardConfig()
 ) -> dict:
     """Measure one response of `length` tokens: all that the tables and the page show of it."""
     response = parse_response(text, problem)
     think = response.think
     named = [start for _, start, _ in locate_options(think, problem)]
     grounding = None if content is None else mean(list(content.values()))
-    reward = total_reward(response, problem, length, content=grounding, config=reward_config)
+    reward = total_reward(response, problem, length, content=grounding, config=config)
     return {
         **asdict(problem),
         "benchmark": problem.source.partition("/")[0],
@@ -281,12 +270,10 @@ def normalise(story: str) -> str:
 
 
 # The rows of a table, and what grpo.py logs during training.
-ACCURACIES = ("accuracy", "majority", "hard", "control", "shortcut_gap")
+ACCURACIES = ("accuracy", "macro", "hard", "control", "shortcut_gap")
 PROCESS = "parse_rate well_formed coverage order stage_order option_early first_option".split()
 PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES)]
 MEASURES = "accuracy hard control shortcut_gap parse_rate stage_order option_early length".split()
-# The process measures of right responses and of wrong ones are named "length (right)" and so on.
-VERDICTS = {"": (True, False), " (right)": (True,), " (wrong)": (False,)}
 SPLITS = {"by_benchmark": "benchmark", "by_file": "source", "by_ability": "ability"}
 
 
@@ -316,26 +303,17 @@ def make_unit(problems: list[list[dict]]) -> Unit:
     """Score the samples of problems that count together; a sample is right if all answers are."""
     records = list(itertools.chain(*problems))
     right = [all(record["correct"] for record in sample) for sample in zip(*problems)]
-    voted = [most_frequent_answer(samples) == samples[0]["gold"] for samples in problems]
     first = records[0]
-    # The accuracy counts units; with one sample the majority would repeat it, and has no weight.
-    # The process counts responses, except for those that have no such value.
-    data = {"accuracy": (mean(right), 1), "majority": (all(voted), len(right) > 1)}
+    # The accuracy counts units. The process counts responses, but for those without such a value.
+    data = {"accuracy": (mean(right), 1)}
     data |= {name: (mean(right), first["variant"] == name) for name in ("hard", "control")}
-    for key, verdict in itertools.product(PROCESS, VERDICTS):
-        judged = [record for record in records if record["correct"] in VERDICTS[verdict]]
-        known = [record[key] for record in judged if record.get(key) is not None]
-        data[key + verdict] = (mean(known), len(known))
+    for key in PROCESS:
+        known = [record[key] for record in records if record.get(key) is not None]
+        data[key] = (mean(known), len(known))
     # Twins share source and id: they are one story told twice, and drawn together.
     twins = f"{first['source']} {first['id']}"
     story = twins if first["variant"] else normalise(first["story"])
     return Unit(records, story, list(data), *np.array(list(data.values()), dtype=float).T)
-
-
-def most_frequent_answer(samples: list[dict]) -> str | None:
-    """Return the answer of most samples, the earlier one of two; None if none is readable."""
-    votes = Counter(record["answer"] for record in samples if record["answer"])
-    return votes.most_common(1)[0][0] if votes else None
 
 
 def group_units(units: list[Unit], key: str) -> dict[str, list[Unit]]:
@@ -344,18 +322,12 @@ def group_units(units: list[Unit], key: str) -> dict[str, list[Unit]]:
 
 
 def summarise(records: list[dict]) -> dict:
-    """Sum up the records of `measure`: the estimates, the process, and the records themselves.
+    """Sum up the records of `measure`: the estimates, and the records themselves.
 
-    `n` counts what is scored as one, `questions` the problems. The process is split by right and
-    wrong responses; None is a mean of none.
+    `n` counts what is scored as one, `questions` the problems.
     """
-    result = sum_up(make_units(records))
-    result["questions"] = sum(not record.get("sample") for record in records)
-    process = {}
-    for key in PROCESS:
-        means = [result["overall"].get(key + verdict) for verdict in VERDICTS]
-        process[key] = dict(zip(("all", "right", "wrong"), means))
-    return result | {"process": process, "responses": records}
+    questions = sum(not record.get("sample") for record in records)
+    return sum_up(make_units(records)) | {"questions": questions, "responses": records}
 
 
 def sum_up(units: list[Unit]) -> dict:
@@ -431,18 +403,7 @@ def table_rows(results: dict[str, dict], with_intervals: Sequence[str] = ()) -> 
         names = sorted(set().union(*(result[section] for result in results.values())))
         if len(names) > 1 or section == "by_ability":
             rows.append([f"accuracy {section.replace('_', ' ')}", *[""] * (len(results) + 1)])
-            if section == "by_benchmark":
-                rows.append(row("  mean of them", "overall", "macro"))
             rows += [row(f"  {name or '(none given)'}", section, name) for name in names]
-    return rows
-
-
-def process_rows(result: dict) -> Rows:
-    """Lay out the process measures, split by right and wrong responses."""
-    rows = [["process", "all", "right", "wrong"]]
-    for key, means in result["process"].items():
-        if means["all"] is not None:
-            rows.append([key.replace("_", " "), *(cell(key, value) for value in means.values())])
     return rows
 
 
@@ -473,7 +434,6 @@ TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
 ENDINGS = (".jsonl", ".json", ".csv")
-Reading = tuple[list[Problem], list[str]]  # problems, notes
 
 
 def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
@@ -689,6 +649,9 @@ def make_problem(item: dict, reader: Reader, first_place: int) -> tuple[Problem,
     return Problem(**given), [f"repaired: {what}" for what, done in repairs.items() if done]
 
 
+Reading = tuple[list[Problem], list[str]]  # problems, notes
+
+
 def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Reading:
     """Read a file -> its problems, and notes with the rows that they are about."""
     raw = read_with_labels(file)
@@ -888,9 +851,7 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
         changes.append(before._replace(values=after.values - before.values, weights=weights))
     columns = (*names, "difference [95%]")
     results = dict(zip(columns, map(sum_up, (*zip(*pairs), changes))))
-    rows = table_rows(results, with_intervals=columns[2:])
-    alone = [result["n"] - len(pairs) for result in (a, b)]
-    return rows + [["in one of them only", "", *map(str, alone), ""]] * any(alone)
+    return table_rows(results, with_intervals=columns[2:])
 
 
 # --------------------------------------------------------------------------------------- the page
@@ -957,7 +918,7 @@ class EvalConfig(Settings):
     lang: str = setting("en", "language of a bilingual benchmark", choices=("en", "zh"))
     split: str = setting("test", "of generated stories", choices=("train", "test", "shift"))
     limit: int = setting(None, "problems; else 400 stories, or all data", low=1, kind=int)
-    samples: int = setting(1, "responses per problem; more also give the majority's answer", low=1)
+    samples: int = setting(1, "responses per problem; the accuracy is their mean", low=1)
     temperature: float = setting(None, "else 0, greedy; 1 with --samples", low=0, kind=float)
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, high=1)
     top_k: int = setting(0, "sampling from so many best tokens; 0 is off", low=0)
@@ -969,8 +930,7 @@ class EvalConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.samples > 1 and self.temperature == 0:
-            same = f"--samples {self.samples} --temperature 0: greedy samples are all the same"
-            raise ValueError(f"{same}; expected a temperature above 0, such as 1")
+            raise ValueError(f"--samples {self.samples} --temperature 0: greedy samples are equal")
 
 
 @dataclass(frozen=True)
@@ -996,8 +956,6 @@ def main() -> None:
     for path in filter(None, (command.json, command.report)):
         if not path.parent.is_dir() or path.is_dir():
             raise ValueError(f"{path}: expected the name of a file in a folder that exists")
-    if command.json and (command.compare or command.json == command.report):
-        raise ValueError("--json: --compare writes no result, and --report needs another file")
     if command.compare:
         names = [f"{path.resolve().parent.name}/{path.stem}" for path in command.compare]
         names = [f"A: {names[0]}", f"B: {names[1]}"]
@@ -1006,7 +964,7 @@ def main() -> None:
     else:
         result = run(command)
         results = {command.model.name or str(command.model): result}
-        tables = [table_rows(results, with_intervals=list(results)), process_rows(result)]
+        tables = [table_rows(results, with_intervals=list(results))]
     print(*map(aligned, tables), sep="\n\n")
     if command.report:
         write_text(command.report, report_page(results, tables))

@@ -79,8 +79,7 @@ at 1 the surrogate is about 0 however much is learned. Watch the reward and its 
 
 The page goes on in this order: the objective, one step, the update, the loop, then settings,
 checkpoints, several processes, the plan of a run's memory, and the command line. In one process,
-which is enough to read it, `of_this_process`, `summed`, `maximum` and `full_copy` return what they
-are given.
+which is enough to read it, `summed`, `maximum` and `full_copy` return what they are given.
 """
 
 from __future__ import annotations
@@ -95,9 +94,9 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -274,7 +273,7 @@ def train_step(training: Training, run: Run, step: int) -> dict:
 
     # 1. Roll out: the policy answers every problem of the step G times.
     problems = problems_of_step(training.problems, step, config.prompts, config.seed)
-    problems = of_this_process(problems)
+    problems = problems[rank() :: world_size()]  # with several processes each takes its part
     prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
     groups = generate(
         full_copy(training.policies.model, run),
@@ -362,13 +361,14 @@ def score(
 def log_line(step: int, groups: Grid, rewards: Grid, facts: dict) -> dict:
     """Collect a step's line for metrics.jsonl: means over all completions, in all processes.
 
-    `facts` go into the line as they are. What is not known (R_content without a content model, the
-    KL without a reference) or not finite is None.
+    `facts` go into the line as they are. What is not known, such as R_content without a content
+    model, is None.
     """
     completions = [completion for group in groups for completion in group]
     parts = [reward.parts | {"reward": reward.total} for group in rewards for reward in group]
     totals = torch.tensor([[reward.total for reward in group] for group in rewards])  # (P, G)
-    sums = {term: sum(part[term] for part in parts) for term in known(parts[0])}
+    known = [term for term, value in parts[0].items() if value is not None]
+    sums = {term: sum(part[term] for part in parts) for term in known}
     sums["length"] = sum(len(completion.tokens) for completion in completions)
     sums["finished"] = sum(completion.finished for completion in completions)
     counts = {
@@ -385,17 +385,7 @@ def log_line(step: int, groups: Grid, rewards: Grid, facts: dict) -> dict:
         **facts,
     }
     line["tokens_per_second"] = sums["length"] / facts["seconds"]["rollout"]
-    return dict.fromkeys(line) | known(line)
-
-
-def known(values: dict) -> dict:
-    """Leave out what is None or not finite."""
-    kept = {}
-    for name, value in values.items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if value is not None and finite:
-            kept[name] = value
-    return kept
+    return line
 
 
 # ----------------------------------------------------------------------------------- the update
@@ -445,10 +435,11 @@ def accumulate(
     Returns the loss and sums over the tokens of all processes, and the largest difference between
     the sampler's log-probabilities and the trainer's.
     """
-    completions, tokens = count(minibatch)
-    length = config.max_new_tokens
-    objective = dict(clip_eps=config.clip_eps, beta=config.beta, reduction=config.reduction)
-    normalizer = loss_normalizer(completions, tokens, config.reduction, length)
+    lengths = [len(completion.tokens) for group in minibatch for completion in group.completions]
+    counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
+    objective = dict(clip_eps=config.clip_eps, beta=config.beta)
+    reducing = dict(reduction=config.reduction, max_length=config.max_new_tokens)
+    normalizer = loss_normalizer(**counts, **reducing)
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
     for batch in equally_many(micro_batches(minibatch, config.token_budget)):
@@ -470,6 +461,7 @@ def accumulate(
             mask,
             normalizer=normalizer,
             **objective,
+            **reducing,
         )
         loss.backward()
         sums["loss"] += float(loss.detach())
@@ -479,21 +471,14 @@ def accumulate(
         sums["entropy"] += float(entropies.sum())
         if metrics["tokens"]:
             drift = max(drift, float((logprobs.detach() - old_logprobs).abs().max()))
-    return summed(sums) | {"completions": completions}, maximum(drift)
-
-
-def count(minibatch: list[Group]) -> tuple[float, float]:
-    """Count the completions and the tokens of an update, in all processes."""
-    lengths = [len(completion.tokens) for group in minibatch for completion in group.completions]
-    counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
-    return counts["completions"], counts["tokens"]
+    return summed(sums) | {"completions": counts["completions"]}, maximum(drift)
 
 
 def minibatches(rollout: list[Group], number: int) -> Iterator[list[Group]]:
     """Deal the groups of all processes out to `number` minibatches, in turn."""
-    first = rank() * len(rollout)  # the place of this process's first group in the step
+    # The places of this process's groups in the step are rank, rank + world_size, ...
     for i in range(number):
-        yield [group for p, group in enumerate(rollout, first) if p % number == i]
+        yield [g for p, g in enumerate(rollout) if (rank() + p * world_size()) % number == i]
 
 
 def micro_batches(rollout: list[Group], budget: int) -> Iterator[list[Group]]:
@@ -530,25 +515,25 @@ def train(run: Run, resume: bool = False) -> None:
 
     With `resume` it goes on from the newest checkpoint in the run's folder, and arrives where the
     unbroken run would have, bit for bit on a CPU. Under torchrun every process calls this, and the
-    first one writes. ValueError: files or settings that do not fit. Diverged: updates that are not
-    finite; the message names the checkpoint to go back to.
+    first one writes. ValueError: files or settings that do not fit. Diverged: updates, logits or
+    weights that are not finite.
     """
     config = run.config
     training, identity, checkpoint = prepare(run, resume)
     first = read_json(checkpoint / "state.json")["step"] if checkpoint else 0
     announce(run, training, first)
     if not checkpoint:
-        write_results(run.out / "before.json", evaluate_held_out(training, run, "before"))
+        evaluate_held_out(training, run, "before")
     steps_left = range(first, config.steps)
     bar = tqdm(steps_left, "grpo", config.steps, unit="step", initial=first, disable=rank() > 0)
     finished, skips = first, 0  # skips: steps in a row in which an update was skipped
-    with Interrupt() as interrupt, open_log(run.out, first) as log, advice(run):
+    with Interrupt() as interrupt, open_log(run.out, first) as log:
         for step in bar:
             line = train_step(training, run, step)
             finished = step + 1
             last = finished == config.steps
-            if is_due(finished, config.eval_every) and not last:
-                line |= short_evaluation(training, run)
+            if config.eval_every and finished % config.eval_every == 0 and not last:
+                line |= evaluate_held_out(training, run, "")
             print(json.dumps(line), file=log, flush=True)
             show(bar, line)
             skips = skips + 1 if line["skipped"] else 0
@@ -556,18 +541,13 @@ def train(run: Run, resume: bool = False) -> None:
                 raise Diverged(f"step {step}: updates not finite in {skips} steps in a row")
             stopping = maximum(interrupt.asked)
             # While updates are being skipped the weights may be ruined: the last good ones stay.
-            if not skips and (is_due(finished, config.save_every) or last or stopping):
+            if not skips and (finished % config.save_every == 0 or last or stopping):
                 checkpoint = save_checkpoint(run, training.policies, finished, identity)
             if stopping:
                 break
     if finished == config.steps:
-        write_results(run.out / "after.json", evaluate_held_out(training, run, "after"))
+        evaluate_held_out(training, run, "after")
     report(run, finished, checkpoint)
-
-
-def is_due(step: int, every: int) -> bool:
-    """Say whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
 
 
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
@@ -579,10 +559,10 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     identity = identify(run, problems, held_out)
     checkpoint = find_checkpoint(run, resume, identity)
     tokenizer = Tokenizer(run.model)
-    check_lengths(model_config, tokenizer, problems, config.max_new_tokens)
+    prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
+    check_lengths(model_config, problems, prompts, config.max_new_tokens)
     if len(problems) < config.prompts:
-        given = f"{len(problems)} training problems: --prompts {config.prompts}"
-        raise ValueError(f"{given} needs at least as many; lower it")
+        raise ValueError(f"{len(problems)} training problems: lower --prompts {config.prompts}")
     content_model = load_content_model(run.content, run.device) if run.content else None
     if content_model:
         for problem in problems:  # a story that is too long says so now, not in mid-run
@@ -655,45 +635,26 @@ def load_policies(run: Run, checkpoint: Path | None) -> Policies:
     return policies
 
 
-def evaluate_held_out(
-    training: Training, run: Run, when: str, fraction: float = 1
-) -> dict[str, dict]:
-    """Sample answers to the held-out problems at temperature 1; only the first process does."""
+def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict]:
+    """Sample answers to the held-out problems at temperature 1; only the first process does.
+
+    "before" and "after" the training all problems are asked, and the results go into a file of this
+    name. Else a quarter of them is asked, and the main measures are returned, for the log.
+    """
     policy, config = full_copy(training.policies.model, run), run.config
     settings = dict(temperature=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)
     settings |= dict(reward_config=run.reward_config, content=training.content_model)
-    results = {}
+    results, line = {}, {}
     for name, problems in training.held_out.items():
         if problems and rank() == 0:
+            asked = problems if when else problems[: max(1, len(problems) // 4)]
             settings["label"] = f"evaluating, {name}"
-            problems = problems[: max(1, int(len(problems) * fraction))]
-            result = evaluate(policy, training.tokenizer, problems, **settings)
-            results[f"{name} {when}".strip()] = result
-    return results
-
-
-def short_evaluation(training: Training, run: Run) -> dict[str, dict]:
-    """Return the main measures on a quarter of the held-out problems, for the log."""
-    line = {}
-    for name, result in evaluate_held_out(training, run, "", fraction=0.25).items():
-        line[f"eval_{name}"] = {key: result[key] for key in MEASURES}
+            result = evaluate(policy, training.tokenizer, asked, **settings)
+            results[f"{name} {when}"] = result
+            line[f"eval_{name}"] = {key: result[key] for key in MEASURES}
+    if when and rank() == 0:
+        write_json(run.out / f"{when}.json", results)
     return line
-
-
-def write_results(path: Path, results: dict[str, dict]) -> None:
-    if rank() == 0:
-        write_json(path, results)
-
-
-@contextmanager
-def advice(run: Run) -> Iterator[None]:
-    """Add to the error of a run that diverges from where to start anew."""
-    try:
-        yield
-    except Diverged as error:
-        good = [run.model, *checkpoints(run.out)][-1]
-        remedy = f"start anew from {good} (--model), with a lower --lr or --max-grad-norm"
-        raise Diverged(f"{error}; {remedy}") from None
 
 
 class Interrupt:
@@ -703,11 +664,10 @@ class Interrupt:
     sends.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
     def __enter__(self) -> Interrupt:
         self.asked = False
-        self.previous = {number: signal.signal(number, self.ask) for number in self.SIGNALS}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.ask) for number in signals}
         return self
 
     def __exit__(self, *_) -> None:
@@ -725,8 +685,8 @@ def announce(run: Run, training: Training, first: int) -> None:
     """Say at the start what is trained on what."""
     parameters = sum(p.numel() for p in training.policies.model.parameters()) / 1e6
     content = run.content or "off (no --content, or no weight), the other weights stay as they are"
-    print_first(f"{parameters:.2f}M parameters, {len(training.problems)} training problems,")
-    print_first(f"{run.config.steps - first} steps to go; R_content: {content}")
+    print(f"{parameters:.2f}M parameters, {len(training.problems)} training problems,")
+    print(f"{run.config.steps - first} steps to go; R_content: {content}")
 
 
 def show(bar: tqdm, line: dict) -> None:
@@ -766,8 +726,8 @@ def read_log(path: Path) -> list[dict]:
 def report(run: Run, finished: int, checkpoint: Path | None) -> None:
     """Print at the end what came out, where everything is, and what to do next."""
     if finished < run.config.steps:
-        print_first(f"\nstopped after step {finished} of {run.config.steps}: {checkpoint}")
-        print_first(f"go on with the same flags and: --out {run.out} --resume")
+        print(f"\nstopped after step {finished} of {run.config.steps}: {checkpoint}")
+        print(f"go on with the same flags and: --out {run.out} --resume")
     elif rank() == 0:
         before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
         results = {}
@@ -780,12 +740,6 @@ def report(run: Run, finished: int, checkpoint: Path | None) -> None:
         print(f"model: {checkpoint}\nlog: {run.out}/metrics.jsonl")
         print(f"every response before and after: {run.out}/before.json, after.json")
         print(f"next: python eval.py --model {checkpoint}")
-
-
-def print_first(text: str) -> None:
-    """Print in the first process only."""
-    if rank() == 0:
-        tqdm.write(text)
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -823,8 +777,7 @@ class GRPOConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.minibatches > self.prompts:
-            given = f"--minibatches {self.minibatches}: expected 1 to --prompts {self.prompts}"
-            raise ValueError(f"{given}, since groups stay whole")
+            raise ValueError(f"--minibatches {self.minibatches} > --prompts {self.prompts}")
 
 
 PAPER = (GRPOConfig(), RewardConfig())
@@ -845,7 +798,7 @@ class Run(Settings):
     data: list = setting((), "training problems; else generated stories", kind=Path, nargs="+")
     eval_data: list = setting((), "held-out problems; else some of --data", kind=Path, nargs="+")
     lang: str = setting("en", "language of bilingual files", choices=("en", "zh"))
-    content: Path = setting(None, "content model (assets/content | none)", kind=Path)
+    content: Path = setting(None, "content model; without --model assets/content", kind=Path)
     out: Path = setting(None, "folder for checkpoints and log (runs/DATE-TIME)", kind=Path)
     device: str = setting("cpu", "with --model: cuda, where there is one")
     dtype: str = setting("float32", "of the computation; on cuda: bfloat16", choices=DTYPES)
@@ -890,13 +843,11 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
     if not saved:  # with `resume` the run was stopped before its first checkpoint
         return None
     checkpoint, state = newest_checkpoint(run.out)
-    changes = []
-    for name, value in identity.items():
-        before = state["identity"].get(name)
-        if before != value:
-            changes.append(f"{name} was {before}, is {value}")
-    if changes:
-        raise ValueError(f"cannot resume {checkpoint}, not the same run: {'; '.join(changes)}")
+    before = state["identity"]
+    changed = [name for name in identity if before.get(name) != identity[name]]
+    listing = "; ".join(f"{name} was {before.get(name)}, is {identity[name]}" for name in changed)
+    if changed:
+        raise ValueError(f"cannot resume {checkpoint}, not the same run: {listing}")
     return checkpoint
 
 
@@ -993,17 +944,13 @@ def join_processes(device: str) -> str:
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     # A long rollout in another process is no failure, so waiting for a day is fine.
     dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
+    if rank():  # only the first process speaks
+        sys.stdout = open(os.devnull, "w")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     return device
-
-
-def of_this_process(problems: list[Problem]) -> list[Problem]:
-    """Return the part of a step's problems that this process answers."""
-    count = len(problems) // world_size()
-    return problems[rank() * count : (rank() + 1) * count]
 
 
 def summed(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
@@ -1191,14 +1138,10 @@ def print_plan(run: Run, memory: float) -> None:
             rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
     verdict = "fits into" if peak <= 0.95 * memory else "does NOT fit into"
     print(
-        f"{run.model} in each of {world_size()} processes: {config.prompts} prompts of at most "
-        f"{max(lengths)} tokens x {config.group_size} completions of {config.max_new_tokens}; "
-        f"{run.dtype}, activation checkpointing: {config.recompute}\n\n{aligned(rows)}\n\n"
-        f"peak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare"
+        f"{config.prompts} prompts of at most {max(lengths)} tokens, in {world_size()} processes:\n"
     )
-    if is_sharded(run):
-        weights = world_size() * plan["weights (fp32)"][0] / unit
-        print(f"on the host, for a moment: {weights:.1f} {label} while loading, 3 x while saving")
+    print(aligned(rows))
+    print(f"\npeak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare")
 
 
 def memory_of(device: str) -> float:
@@ -1243,14 +1186,12 @@ def make_run(args: argparse.Namespace) -> Run:
         args.device = "cuda"
     if args.dtype is None and (args.device or "").startswith("cuda"):
         args.dtype = "bfloat16"
-    if args.content is None and args.model is None:
-        args.content = TINY_CONTENT
-    run = Run(config.updated(args), reward_config.updated(args)).updated(args)
+    content = None if args.model else TINY_CONTENT
+    run = Run(config.updated(args), reward_config.updated(args), content=content).updated(args)
     if run.offload and not run.device.startswith("cuda"):
         raise ValueError(f"--offload relieves a GPU's memory; --device {run.device} is the host")
     if run.config.prompts % workers:
-        given = f"--prompts {run.config.prompts}"
-        raise ValueError(f"{given}: expected a multiple of {workers} processes")
+        raise ValueError(f"--prompts {run.config.prompts}: not a multiple of {workers} processes")
     return replace(run, content=None) if "content" in run.reward_config.off else run
 
 
@@ -1266,8 +1207,13 @@ def main() -> None:
     if run.out is None:  # the same name in all processes, although their clocks may differ
         now = time.localtime(maximum(time.time()))
         run = replace(run, out=Path("runs") / time.strftime("%Y%m%d-%H%M%S", now))
-    print_first(f"config: {json.dumps(asdict(run), default=str)}")
-    train(run, args.resume)
+    print(f"config: {json.dumps(asdict(run), default=str)}")
+    try:
+        train(run, args.resume)
+    except Diverged as error:
+        good = [run.model, *checkpoints(run.out)][-1]
+        remedy = f"start anew from {good} (--model), with a lower --lr or --max-grad-norm"
+        raise Diverged(f"{error}; {remedy}") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -57,14 +57,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import Completion, Packed, Tokenizer, Transformer, batches, check_device, load_model
+from model import Packed, Tokenizer, Transformer, batches, check_device, load_model
 from model import parse_config, refuse_other_folders, save_model
 from socialr1 import STAGES, TINY, Parser, Problem, Response, Settings, even_out, exit_on_error
 from socialr1 import parse_response, read_rows, setting
 
 # The terms, each with what it counts as when it is off or not computed: a factor is then 1, an
-# addend 0. A new term is a function below, an entry here, and its place in `total_reward`. The
-# switch (--without) and the log of a run take their names from here.
+# addend 0. A new factor is a function below, an entry here, and its two lines in `total_reward`;
+# an addend also needs a weight. The switch (--without) and the log of a run take their names from
+# here; the log has all terms that were computed, whether they count or not.
 TERMS = {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": 0.0, "len": 1.0}
 
 # ---------------------------------------------------------------------------------------- the terms
@@ -212,8 +213,7 @@ class RewardConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.min_length >= self.max_length:
-            given = f"--min-length {self.min_length} --max-length {self.max_length}"
-            raise ValueError(f"{given}: expected the first to be smaller")
+            raise ValueError(f"--min-length {self.min_length} >= --max-length {self.max_length}")
         if self.tau_from > self.tau_to:
             raise ValueError(f"--tau-from {self.tau_from} comes after --tau-to {self.tau_to}")
         if not self.off <= set(TERMS):
@@ -286,13 +286,8 @@ def total_reward(
     return Reward(total, parts)
 
 
-def parse_groups(
-    problems: list[Problem],
-    prompts: list[list[int]],
-    groups: list[list[Completion]],
-    tokenizer: Tokenizer,
-) -> list[list[Response]]:
-    """Parse the completions of P prompts: P lists of G completions -> P lists of G responses."""
+def parse_groups(problems: list, prompts: list, groups: list, tokenizer: Tokenizer) -> list:
+    """Parse the completions of P prompts: P lists of G Completions -> P lists of G Responses."""
     responses = []
     for problem, prompt, group in zip(problems, prompts, groups):
         texts = [tokenizer.completion_text(prompt, completion.tokens) for completion in group]
@@ -433,8 +428,7 @@ class ContentModel:
         context = self.model.config.max_position_embeddings
         left = context - len(prompt)
         if left < 32:
-            size = f"{len(prompt)} of the {context} tokens of the content model's context"
-            raise ValueError(f"a story takes {size}: leave it out")
+            raise ValueError(f"a story takes {len(prompt)} of the content model's {context} tokens")
         encoded = []
         for stage, text in segments:
             # Of a megabyte only the start is read, and half a surrogate pair becomes a question
@@ -535,8 +529,7 @@ def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
     while len(stories) > 1 and len(held_out) < wanted:
         held_out += stories.pop()
     if not held_out:
-        count = f"{len(pairs)} pairs of {len(stories)} stories"
-        raise ValueError(f"{count}: too few to hold some out; give more, or --held-out FILE")
+        raise ValueError(f"{len(pairs)} pairs of {len(stories)} stories: too few to hold some out")
     return list(itertools.chain(*stories)), held_out
 
 
@@ -562,7 +555,7 @@ class ContentConfig(Settings):
     seed: int = setting(0, "of the new head and the order of pairs", low=0, high=2**31 - 1)
 
 
-TINY_PRESET = ContentConfig(model=TINY, lr=1e-3)  # from the embedded policy
+FROM_TINY = ContentConfig(model=TINY, lr=1e-3)  # from the embedded policy
 
 
 def with_scalar_head(model: Transformer, seed: int) -> Transformer:
@@ -652,10 +645,10 @@ def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
 
 def main() -> None:
     parser = Parser(description="Train a content model (defaults: from assets/tiny | from others)")
-    ContentConfig.add_flags(parser, TINY_PRESET, ContentConfig())
+    ContentConfig.add_flags(parser, FROM_TINY, ContentConfig())
     args = parser.parse_args()
     from_tiny = args.model is None or args.model.resolve() == TINY.resolve()
-    preset = TINY_PRESET if from_tiny else ContentConfig()
+    preset = FROM_TINY if from_tiny else ContentConfig()
     config = preset.updated(args)
     check_device(config.device)
     if not config.pairs:

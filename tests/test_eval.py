@@ -9,9 +9,21 @@ import torch
 
 import eval
 from eval import (
-    compare_rows, contamination_note, estimate, evaluate, interval, measure, read_benchmark,
-    read_files, read_result, report_page, spread_problems, summarise, table, table_rows,
-)  # fmt: skip
+    compare_rows,
+    contamination_note,
+    estimate,
+    evaluate,
+    interval,
+    measure,
+    read_benchmark,
+    read_files,
+    read_result,
+    report_page,
+    spread_problems,
+    summarise,
+    table,
+    table_rows,
+)
 from model import Tokenizer, generate, generate_stream, load_model
 from rewards import RewardConfig, load_content_model
 from socialr1 import TINY, TINY_CONTENT, Problem, build_messages, generate_problems
@@ -38,11 +50,22 @@ def lines(*rows):
 
 def tombench_row(**changes):
     row = {
-        "能力\nABILITY": "Belief: Content false beliefs ", "序号\nINDEX": 1, "故事": "小李把球放进盒子。", "问题": "球在哪里？",
-        "选项A": "A. 盒子", "选项B": "B.袋子", "选项C": "C: 罐子", "选项D": "D.  桌上",
-        "STORY": " Li put a ball in the box. ", "QUESTION": "Where is the ball? ",
-        "OPTION-A": "A. Box", "OPTION-B": "Bag", "OPTION-C": "Jar", "OPTION-D": "Table", "答案\nANSWER": "A",
-    }  # fmt: skip
+        "能力\nABILITY": "Belief: Content false beliefs ",
+        "序号\nINDEX": 1,
+        "故事": "小李把球放进盒子。",
+        "问题": "球在哪里？",
+        "选项A": "A. 盒子",
+        "选项B": "B.袋子",
+        "选项C": "C: 罐子",
+        "选项D": "D.  桌上",
+        "STORY": " Li put a ball in the box. ",
+        "QUESTION": "Where is the ball? ",
+        "OPTION-A": "A. Box",
+        "OPTION-B": "Bag",
+        "OPTION-C": "Jar",
+        "OPTION-D": "Table",
+        "答案\nANSWER": "A",
+    }
     return json.dumps(row | changes, ensure_ascii=False)
 
 
@@ -75,9 +98,14 @@ def test_tombench_in_both_languages(tmp_path):
     ]
     assert problems == read_benchmark(path)
     assert problems[0] == Problem(
-        "Li put a ball in the box.", "Where is the ball?", ("Box", "Bag", "Jar", "Table"), "A", "belief",
-        "tombench/False Belief Task", "False Belief Task:1",
-    )  # fmt: skip
+        "Li put a ball in the box.",
+        "Where is the ball?",
+        ("Box", "Bag", "Jar", "Table"),
+        "A",
+        "belief",
+        "tombench/False Belief Task",
+        "False Belief Task:1",
+    )
     assert (problems[1].options, problems[1].answer, problems[1].id) == (
         ("Box", "Bag"),
         "B",
@@ -196,10 +224,17 @@ def gold(problem):
 
 def test_emobench(tmp_path):
     eu = {
-        "qid": "7", "language": "en", "coarse_category": "emotional_cues", "finegrained_category": "x", "scenario": "Ann lost a cup.\n",
-        "subject": "Ann", "emotion_choices": ["Joy", "Anger", "Joy & Anger", "Fear", "Pride", "Guilt"], "emotion_label": "Joy & Anger",
-        "cause_choices": ["The cup, old, was gone", "No cup", "A cup", "Her cup"], "cause_label": "A cup",
-    }  # fmt: skip
+        "qid": "7",
+        "language": "en",
+        "coarse_category": "emotional_cues",
+        "finegrained_category": "x",
+        "scenario": "Ann lost a cup.\n",
+        "subject": "Ann",
+        "emotion_choices": ["Joy", "Anger", "Joy & Anger", "Fear", "Pride", "Guilt"],
+        "emotion_label": "Joy & Anger",
+        "cause_choices": ["The cup, old, was gone", "No cup", "A cup", "Her cup"],
+        "cause_label": "A cup",
+    }
     zh = eu | {"language": "zh", "subject": "安"}
     names, problems, notes = read(write(tmp_path, "EU.jsonl", lines(eu, zh)))
     assert names == {"emobench"} and len(problems) == 2
@@ -227,9 +262,15 @@ def test_emobench(tmp_path):
     ]
     assert all(25 <= letters.count(letter) <= 75 for letter in "ABCD")
     ea = {
-        "qid": "7", "language": "en", "category": "Social-Self", "question type": "Action", "scenario": "Ann lost a cup.", "subject": "Ann",
-        "choices": ["Run", "Call, then wait", "Sing", "Sleep"], "label": "Call, then wait",
-    }  # fmt: skip
+        "qid": "7",
+        "language": "en",
+        "category": "Social-Self",
+        "question type": "Action",
+        "scenario": "Ann lost a cup.",
+        "subject": "Ann",
+        "choices": ["Run", "Call, then wait", "Sing", "Sleep"],
+        "label": "Call, then wait",
+    }
     (problem,) = read_benchmark(write(tmp_path, "EA.jsonl", lines(ea)))
     assert (
         gold(problem) == "Call, then wait"
@@ -242,9 +283,12 @@ def test_motivebench(tmp_path):
     row = {"idx": 3}
     for place, kind in enumerate(("Motivation", "Behavior", "Motivation and Behavior"), start=1):
         row |= {
-            f"{kind} Reasoning Question": f"Ann runs {place}. She sweats. What is it?" if place < 3 else "Ann runs 3.",
-            f"Options {place}": [f"{letter}. text {letter}. more" for letter in "ABCDEF"], f"Correct Answer {place}": "BCF"[place - 1],
-        }  # fmt: skip
+            f"{kind} Reasoning Question": f"Ann runs {place}. She sweats. What is it?"
+            if place < 3
+            else "Ann runs 3.",
+            f"Options {place}": [f"{letter}. text {letter}. more" for letter in "ABCDEF"],
+            f"Correct Answer {place}": "BCF"[place - 1],
+        }
     names, problems, _ = read(write(tmp_path, "Blog_questions.json", json.dumps([row], indent=4)))
     assert names == {"motivebench"} and [gold(p) for p in problems] == [
         "text B. more",
@@ -252,18 +296,26 @@ def test_motivebench(tmp_path):
         "text F. more",
     ]
     assert [(p.story, p.question) for p in problems] == [
-        ("Ann runs 1. She sweats.", "What is it?"), ("Ann runs 2. She sweats.", "What is it?"),
+        ("Ann runs 1. She sweats.", "What is it?"),
+        ("Ann runs 2. She sweats.", "What is it?"),
         ("Ann runs 3.", "What is the most likely motivation and behavior?"),
-    ]  # fmt: skip
+    ]
     assert [p.ability for p in problems] == ["motivation", "behavior", "motivation and behavior"]
 
 
 def test_hitom_reads_the_trustworthy_half(tmp_path):
     options = ", ".join(f"{letter}. {letter.lower()}_box" for letter in "ABCDEFGHIJKLMNO")
     row = dict(
-        prompting_type="CoTP", deception=False, story_length=1, question_order=2, sample_id=0, question="Where?", choices=options, answer="c_box",
+        prompting_type="CoTP",
+        deception=False,
+        story_length=1,
+        question_order=2,
+        sample_id=0,
+        question="Where?",
+        choices=options,
+        answer="c_box",
         story="1 Ann entered the hall.\n2 Ann left.\n***\n\n",
-    )  # fmt: skip
+    )
     repeat = row | {
         "prompting_type": "VP",
         "sample_id": 300,
@@ -299,18 +351,41 @@ def test_tactfultom(tmp_path):
         }
 
     row = {
-        "full_context": "**Ann**: Hi.\n\n**Bo**: Hi.", "characters": {"liar": "Ann"}, "comprehensionQA": [ask("c", "True?", "No", "Yes")],
-        "justificationQA": [ask("j", "Why?", "Because, well, so", ["no", "yes", "or"])], "fact_reasonQA": [], "fact_truthQA": [],
+        "full_context": "**Ann**: Hi.\n\n**Bo**: Hi.",
+        "characters": {"liar": "Ann"},
+        "comprehensionQA": [ask("c", "True?", "No", "Yes")],
+        "justificationQA": [ask("j", "Why?", "Because, well, so", ["no", "yes", "or"])],
+        "fact_reasonQA": [],
+        "fact_truthQA": [],
         "lieabilityQAs": [ask("l", "Choose:", "x", ["y", "z", "w"])],
         "beliefQAs": [
-            ask("b0", "What does Ann believe about 'it'?", "Ann believes it", ["Ann is unaware", "Ann asks", "Ann forgot"]),
-            ask("b1", "What does Bo believe about 'it'?", "Cy believes that Bo said it", ["Cy is unaware", "Cy asks", "Cy forgot"]),
-            ask("b2", "What does Ann believe about Bo's belief?", "Ann believes so", "Ann is unaware"),
+            ask(
+                "b0",
+                "What does Ann believe about 'it'?",
+                "Ann believes it",
+                ["Ann is unaware", "Ann asks", "Ann forgot"],
+            ),
+            ask(
+                "b1",
+                "What does Bo believe about 'it'?",
+                "Cy believes that Bo said it",
+                ["Cy is unaware", "Cy asks", "Cy forgot"],
+            ),
+            ask(
+                "b2",
+                "What does Ann believe about Bo's belief?",
+                "Ann believes so",
+                "Ann is unaware",
+            ),
         ],
-    }  # fmt: skip
+    }
     names, problems, notes = read(write(tmp_path, "Tactful_conv_set_0.json", json.dumps([row])))
     assert names == {"tactfultom"} and {p.id: gold(p) for p in problems} == {
-        "j": "Because, well, so", "l": "x", "b0": "Ann believes it", "b2": "Ann believes so"}  # fmt: skip
+        "j": "Because, well, so",
+        "l": "x",
+        "b0": "Ann believes it",
+        "b2": "Ann believes so",
+    }
     assert {p.id: len(p.options) for p in problems} == {"j": 4, "l": 4, "b0": 4, "b2": 2}
     assert notes == [
         f"{tmp_path}/Tactful_conv_set_0.json: 1 left out: asks about one person, and all options speak of another (row 1)",
@@ -320,10 +395,16 @@ def test_tactfultom(tmp_path):
 
 def test_simpletom(tmp_path):
     rows = [
-        {"id": f"cup_sev1_{kind}", "story": "The cup leaks. Ann buys it.", "question": "And then? ", "scenario_name": "x",
-         "choices": {"text": ["Yes", "No"], "label": ["A", "B"]}, "answerKey": "B"}
+        {
+            "id": f"cup_sev1_{kind}",
+            "story": "The cup leaks. Ann buys it.",
+            "question": "And then? ",
+            "scenario_name": "x",
+            "choices": {"text": ["Yes", "No"], "label": ["A", "B"]},
+            "answerKey": "B",
+        }
         for kind in ("aware", "action", "judge")
-    ]  # fmt: skip
+    ]
     for folder, row in zip(("mental-state-qa", "behavior-qa", "judgment-qa"), rows):
         write(tmp_path, f"{folder}/test.jsonl", lines(row))
     names, problems, _ = read(tmp_path)
@@ -341,8 +422,16 @@ def test_simpletom(tmp_path):
 
 
 def test_options_are_shuffled_by_the_item_and_not_by_its_place(tmp_path):
-    row = {"qid": "1", "language": "en", "category": "c", "question type": "Action", "scenario": "s", "subject": "Ann",
-           "choices": list("wxyz"), "label": "x"}  # fmt: skip
+    row = {
+        "qid": "1",
+        "language": "en",
+        "category": "c",
+        "question type": "Action",
+        "scenario": "s",
+        "subject": "Ann",
+        "choices": list("wxyz"),
+        "label": "x",
+    }
     first = read_benchmark(
         write(tmp_path, "one.jsonl", lines(row, row | {"qid": "2"}, row | {"qid": "3"}))
     )
@@ -357,27 +446,63 @@ GOOD = '{"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}\n'
     "name, text, message",
     [
         ("x.jsonl", GOOD + "{broken\n", "x.jsonl:2: not JSON, at column 2"),
-        ("x.jsonl", GOOD + GOOD.replace('"A"', '"C"'), "x.jsonl:2: answer 'C' has no option: expected one letter of AB"),
+        (
+            "x.jsonl",
+            GOOD + GOOD.replace('"A"', '"C"'),
+            "x.jsonl:2: answer 'C' has no option: expected one letter of AB",
+        ),
         ("x.jsonl", GOOD + "[1]", "x.jsonl:2: expected a JSON object, got list"),
         ("x.jsonl", GOOD.encode() + b'{"story": "\xff"}', "x.jsonl:2: not UTF-8"),
         ("x.jsonl", "[" * 100_000, "x.jsonl:1: "),
-        ("x.jsonl", GOOD.replace('["a", "b"]', '["a"]'), "x.jsonl:1: a problem needs 2 to 26 options, got 1"),
+        (
+            "x.jsonl",
+            GOOD.replace('["a", "b"]', '["a"]'),
+            "x.jsonl:1: a problem needs 2 to 26 options, got 1",
+        ),
         ("x.jsonl", GOOD.replace('["a", "b"]', '["a", "", "c"]'), "x.jsonl:1: option B is empty"),
         ("x.jsonl", GOOD.replace('"q"', '""'), "x.jsonl:1: the story or the question is empty"),
         ("x.jsonl", GOOD.replace('"s"', '"\\ud800"'), "x.jsonl:1: 'utf-8' codec can't encode"),
-        ("x.jsonl", GOOD.replace('["a", "b"]', json.dumps(["o"] * 27)), "x.jsonl:1: a problem needs 2 to 26 options, got 27"),
+        (
+            "x.jsonl",
+            GOOD.replace('["a", "b"]', json.dumps(["o"] * 27)),
+            "x.jsonl:1: a problem needs 2 to 26 options, got 27",
+        ),
         ("x.jsonl", "", "x.jsonl: no rows"),
-        ("x.csv", "Story,QUESTION,Gold Answer\ns,q,A\n", "no column for options, answer; the columns are: 'Story', 'QUESTION', 'Gold Answer'"),
-        ("x.csv", "story,question,a,b,answer\ns,q,x,y,A,too many\n", "x.csv:2: more cells than the 5 columns"),
-        ("x.csv", "story,question,a,b,c,opt d,answer\ns,q,x,y,z,w,A\n", "no column for options; the columns are: 'story', 'question', 'a', 'b', 'c', 'opt d'"),
-        ("x.jsonl", GOOD.replace('["a", "b"]', '{"a": 1}'), "x.jsonl:1: a problem needs 2 to 26 options, got 0"),
+        (
+            "x.csv",
+            "Story,QUESTION,Gold Answer\ns,q,A\n",
+            "no column for options, answer; the columns are: 'Story', 'QUESTION', 'Gold Answer'",
+        ),
+        (
+            "x.csv",
+            "story,question,a,b,answer\ns,q,x,y,A,too many\n",
+            "x.csv:2: more cells than the 5 columns",
+        ),
+        (
+            "x.csv",
+            "story,question,a,b,c,opt d,answer\ns,q,x,y,z,w,A\n",
+            "no column for options; the columns are: 'story', 'question', 'a', 'b', 'c', 'opt d'",
+        ),
+        (
+            "x.jsonl",
+            GOOD.replace('["a", "b"]', '{"a": 1}'),
+            "x.jsonl:1: a problem needs 2 to 26 options, got 0",
+        ),
         ("x.json", "[1, 2]", "x.json:1: expected a JSON object, got int"),
         ("x.json", "[\n{,", "x.json:2: not JSON, at column 2"),
         ("x.json", '{"qid": 1}', "x.json: no rows"),
-        ("x.jsonl", '{"qid": "1", "language": "en", "emotion_choices": 5, "cause_choices": 5}', "x.jsonl:1: not a row of emobench: KeyError"),
-        ("x.json", '[{"full_context": 1, "beliefQAs": 3, "characters": {}}]', "x.json:1: not a row of tactfultom: TypeError"),
+        (
+            "x.jsonl",
+            '{"qid": "1", "language": "en", "emotion_choices": 5, "cause_choices": 5}',
+            "x.jsonl:1: not a row of emobench: KeyError",
+        ),
+        (
+            "x.json",
+            '[{"full_context": 1, "beliefQAs": 3, "characters": {}}]',
+            "x.json:1: not a row of tactfultom: TypeError",
+        ),
     ],
-)  # fmt: skip
+)
 def test_broken_files_are_named_with_their_line(tmp_path, name, text, message):
     with pytest.raises(ValueError) as error:
         read_benchmark(write(tmp_path, name, text))
@@ -407,22 +532,21 @@ def test_measures_by_hand():
     result = summarise(records)
     assert result["by_ability"] == {"belief": 0.6} and len(result["responses"]) == 5
     expected = {
-        "n": 5, "questions": 5, "accuracy": 0.6, "parse_rate": 0.8, "hard": 0.5, "control": 2 / 3,
-        "shortcut_gap": 2 / 3 - 0.5, "stage_order": 0.4, "option_early": 0.2, "length": 30.0,
-    }  # fmt: skip
+        "n": 5,
+        "questions": 5,
+        "accuracy": 0.6,
+        "parse_rate": 0.8,
+        "hard": 0.5,
+        "control": 2 / 3,
+        "shortcut_gap": 2 / 3 - 0.5,
+        "stage_order": 0.4,
+        "option_early": 0.2,
+        "length": 30.0,
+    }
     assert {key: result[key] for key in expected} == pytest.approx(expected)
-    process = result["process"]
-    assert process["length"] == pytest.approx({"all": 30, "right": 80 / 3, "wrong": 35})
-    assert process["coverage"] == pytest.approx(
-        {"all": (1 + 1 + 0.25 + 0.25 + 0) / 5, "right": 0.5, "wrong": 0.5}
-    )
-    assert process["well_formed"] == pytest.approx({"all": 0.6, "right": 2 / 3, "wrong": 0.5})
-    assert process["first_option"] == {
-        "all": 0.0,
-        "right": None,
-        "wrong": 0.0,
-    }  # "Option B" stands at the very beginning
-    assert process["option_early"] == {"all": 0.2, "right": 0.0, "wrong": 0.5}
+    expected = {"coverage": (1 + 1 + 0.25 + 0.25 + 0) / 5, "well_formed": 0.6, "length": 30}
+    expected["first_option"] = 0.0  # of the one that names one, at the very beginning
+    assert {key: result[key] for key in expected} == pytest.approx(expected)
     assert re.search(r"shortcut gap +5 +0\.167", table({"before": result, "after": result}))
     only = summarise(records[:1])
     assert only["control"] is None and only["shortcut_gap"] is None
@@ -462,19 +586,16 @@ def test_questions_that_only_count_together():
     )  # one and the single question
 
 
-def test_samples_mean_and_majority():
+def test_the_accuracy_of_samples_is_their_mean():
     problems = [Problem(f"s{i}", "q", ("a", "b", "c"), "A", id=str(i)) for i in range(3)]
-    letters = ("AAB", "ABB", "xBA")  # x: unreadable, no vote; of B and A the earlier one wins
-    records = [
-        measure(problem, answered(letter), 5) | {"item": i, "sample": k}
-        for i, (problem, some) in enumerate(zip(problems, letters)) for k, letter in enumerate(some)
-    ]  # fmt: skip
+    records = []
+    for i, letters in enumerate(("AAB", "ABB", "xBA")):  # x: unreadable
+        for k, letter in enumerate(letters):
+            record = measure(problems[i], answered(letter), 5)
+            records.append(record | {"item": i, "sample": k})
     result = summarise(records)
-    assert (result["n"], result["accuracy"], result["majority"]) == (
-        3,
-        pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3),
-        pytest.approx(1 / 3),
-    )
+    assert (result["n"], result["questions"]) == (3, 3)
+    assert result["accuracy"] == pytest.approx((2 / 3 + 1 / 3 + 1 / 3) / 3)
     joint = [record | {"joint": "all"} for record in records]
     assert summarise(joint)["accuracy"] == 0.0  # in no sample are all three right
 
@@ -613,17 +734,25 @@ def test_stored_results_are_read_with_care(tmp_path):
         "shift after": {"responses": [record | {"text": answered("B")}]},
     }
     result = read_result(write(tmp_path, "after.json", json.dumps(after)))
-    assert (result["n"], result["questions"], result["accuracy"], "majority" in result) == (
-        2,
-        2,
-        0.5,
-        False,
-    )
+    assert (result["n"], result["questions"], result["accuracy"]) == (2, 2, 0.5)
     for broken, message in [
-        ({}, "no responses in it"), ({"responses": []}, "no responses in it"), ({"responses": 5}, "not a result"), ({"a": 5}, "not a result"),
-        *(({"responses": [record | {key: value}]}, "not a result of eval.py") for key, value in [
-            ("gold", "<script>"), ("length", None), ("text", 5), ("story", None), ("options", [1, 2]), ("id", ["x"]), ("content", [5])]),
-    ]:  # fmt: skip
+        ({}, "no responses in it"),
+        ({"responses": []}, "no responses in it"),
+        ({"responses": 5}, "not a result"),
+        ({"a": 5}, "not a result"),
+        *(
+            ({"responses": [record | {key: value}]}, "not a result of eval.py")
+            for key, value in [
+                ("gold", "<script>"),
+                ("length", None),
+                ("text", 5),
+                ("story", None),
+                ("options", [1, 2]),
+                ("id", ["x"]),
+                ("content", [5]),
+            ]
+        ),
+    ]:
         with pytest.raises(ValueError, match=message):
             read_result(write(tmp_path, "broken.json", json.dumps(broken)))
     with pytest.raises(ValueError, match="no such file; expected a result of eval.py"):
@@ -684,10 +813,7 @@ def test_samples_are_those_of_generate_and_stages_are_scored(tiny):
     }
     rewards = scorer.rewards([problems[0]], [[eval.parse_response(record["text"], problems[0])]])
     assert np.mean(list(record["content"].values())) == pytest.approx(rewards[0][0], abs=1e-5)
-    assert (
-        result["process"]["content, Cue Encoding"]["all"] is not None
-        and 0 <= result["majority"] <= 1
-    )
+    assert 0 < result["content, Cue Encoding"] < 1
 
 
 def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
@@ -833,25 +959,11 @@ def test_the_command_line(tmp_path, command):
     code, out, _ = command(eval.main, "--compare", result, result, "--report", page)
     assert code == 0 and "0.000 [0.000, 0.000]" in out and page.read_text().count("<article>") == 8
     code, out, _ = command(eval.main, "--limit", "2", "--samples", "3", "--max-new-tokens", "60")
-    assert code == 0 and re.search(r"majority +2 +\d\.\d{3} \[", out)
-    overlapping = write(
-        tmp_path,
-        "train.jsonl",
-        lines(
-            {
-                "story": generate_problems(1, 0, "test")[0].story.upper(),
-                "question": "q",
-                "options": ["a", "b"],
-                "answer": "A",
-            }
-        ),
-    )
-    code, out, _ = command(eval.main, *run, "--train", overlapping)
-    assert (
-        code == 0
-        and "WARNING: 1 of 1 training problems have a story that stands in the evaluation data"
-        in out
-    )
+    assert code == 0 and re.search(r"accuracy +2 +\d\.\d{3} \[", out)
+    story = generate_problems(1, 0, "test")[0].story.upper()
+    row = {"story": story, "question": "q", "options": ["a", "b"], "answer": "A"}
+    code, out, _ = command(eval.main, *run, "--train", write(tmp_path, "train.jsonl", lines(row)))
+    assert code == 0 and "WARNING: 1 of 1 training problems have a story that stands in" in out
 
 
 def test_the_command_line_fails_in_one_line(tmp_path, command):
@@ -864,7 +976,7 @@ def test_the_command_line_fails_in_one_line(tmp_path, command):
         (["--samples", "0"], "error: --samples 0: expected a whole number, at least 1"),
         (
             ["--samples", "2", "--temperature", "0"],
-            "error: --samples 2 --temperature 0: greedy samples are all the same",
+            "error: --samples 2 --temperature 0: greedy samples are equal",
         ),
         (["--dtype", "int8"], "error: argument --dtype: invalid choice: 'int8'"),
         (

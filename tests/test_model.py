@@ -266,9 +266,6 @@ def test_tied_heads_may_be_stored_or_not_and_stay_tied(tmp_path):
             8
         )  # as older checkpoints have it
 
-    def change(weights):
-        weights["lm_head.weight"][3, 3] += 1
-
     change_weights(tmp_path, add)
     loaded = load_model(tmp_path)
     assert (
@@ -276,12 +273,6 @@ def test_tied_heads_may_be_stored_or_not_and_stay_tied(tmp_path):
         and loaded.lm_head.weight is loaded.embed_tokens.weight
     )
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
-    change_weights(tmp_path, change)
-    with pytest.raises(
-        ValueError,
-        match="tie_word_embeddings, but lm_head.weight is another table",
-    ):
-        load_model(tmp_path)
 
 
 def test_weights_load_into_the_wanted_dtype(tmp_path):

@@ -20,9 +20,17 @@ from model import (
 )
 
 RAW = dict(
-    model_type="qwen3", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=16, tie_word_embeddings=False, max_position_embeddings=64,
-)  # fmt: skip
+    model_type="qwen3",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=False,
+    max_position_embeddings=64,
+)
 SHAPES = {
     "qwen3, 2 queries a key": RAW,
     "qwen3, 4 queries a key, tied": RAW | dict(num_key_value_heads=1, tie_word_embeddings=True),
