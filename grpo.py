@@ -551,9 +551,7 @@ def train(run: Run, resume: bool = False) -> None:
 
 
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
-    """Load everything; return it, what identifies the run, and the checkpoint to go on from, if
-    any.
-    """
+    """Load everything; also return what identifies the run, and the checkpoint to go on from."""
     config, model_config = run.config, read_config(run.model)
     problems, held_out = load_problems(run)
     identity = identify(run, problems, held_out)
@@ -613,9 +611,7 @@ def hold_out_stories(problems: list[Problem], count: int) -> tuple[list[Problem]
 
 
 def load_policies(run: Run, checkpoint: Path | None) -> Policies:
-    """Load the policy, its reference (None at beta 0) and the optimizer; in shards where FSDP is at
-    work.
-    """
+    """Load the policy, its reference and the optimizer, in shards where FSDP is at work."""
     sharded = dist.is_initialized()
     device = "cpu" if sharded else run.device
     model = load_model(checkpoint or run.model, device)
@@ -981,9 +977,7 @@ def equally_many(batches: Iterator[list[Group]]) -> Iterator[list[Group]]:
 
 
 def shard(model: Transformer, run: Run) -> None:
-    """Cut the model's weights into shards of all processes; it computes in the run's dtype from now
-    on.
-    """
+    """Cut a model's weights into shards of all processes, and let it compute in the run's dtype."""
     kind = torch.device(run.device).type
     hosted = run.offload and kind == "cuda"
     dtypes = dict(param_dtype=getattr(torch, run.dtype), reduce_dtype=torch.float32)
@@ -1102,8 +1096,9 @@ def count_parameters(model: ModelConfig) -> tuple[int, int, int]:
 def activations(
     model: ModelConfig, config: GRPOConfig, tokens: int, prompt_length: int, size: int
 ) -> tuple[float, float, float]:
-    """Return the bytes of activations that are kept for the way back, that a block takes in its
-    backward pass, and that are there when the loss is computed.
+    """Return bytes of activations, in a micro-batch of so many tokens.
+
+    -> kept for the backward pass, of a block in its backward pass, when the loss is computed
     """
     d, ffn = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim

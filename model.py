@@ -106,8 +106,9 @@ def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of dimensions (i, i + head_dim / 2) by its position's angle; x (B, heads, T,
-    head_dim).
+    """Rotate each pair of dimensions (i, i + head_dim / 2) by the angle of its position.
+
+    (B, heads, T, head_dim) -> the same
     """
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -171,18 +172,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Embedding, blocks, last norm, and a head: of logits, or of one score (config.scalar)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # The folder it was loaded from: on saving, the tokenizer's files are copied from there.
-        self.source: Path | None = None
-        # Where it computes, if its weights lie elsewhere: grpo.py can keep them on the host.
-        self.computes_on: torch.device | None = None
-        # Activation checkpointing: keep what enters a block and compute the block again on the way
-        # back.
-        self.checkpointing = False
-        # A plain attribute and no buffer, so that it stays in float32 when the weights are cast.
-        self.frequencies = rotary_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -191,6 +185,15 @@ class Transformer(nn.Module):
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
+        # A plain attribute and no buffer, so that it stays in float32 when the weights are cast.
+        self.frequencies = rotary_frequencies(config)
+        # Activation checkpointing: keep what enters a block, and compute the block again in the
+        # backward pass.
+        self.checkpointing = False
+        # The folder it was loaded from: on saving, the tokenizer's files are copied from there.
+        self.source: Path | None = None
+        # Where it computes, if its weights lie elsewhere: grpo.py can keep them on the host.
+        self.computes_on: torch.device | None = None
 
     def tie(self) -> None:
         """Let the head read the embedding's weight, where the config says so."""
@@ -202,8 +205,7 @@ class Transformer(nn.Module):
         return self.computes_on or self.embed_tokens.weight.device
 
     def hidden(self, tokens: Tensor, context: "Packed | Decoding") -> Tensor:
-        """Return the last hidden states of `tokens`; `context` knows their positions and what they
-        attend to.
+        """Return the last hidden states of tokens; `context` knows where they stand and attend.
 
         (B, T) -> (B, T, d)
         """
@@ -225,8 +227,7 @@ class Transformer(nn.Module):
         return logits.view(*tokens.shape, -1)
 
     def logprobs(self, packed: "Packed", places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of `targets`, each predicted at its place in the row, and the
-        entropies there.
+        """Return log-probabilities of targets, each predicted at its place in a row, and entropies.
 
         places (n,), targets (n,) -> (n,), (n,)
         """
@@ -238,8 +239,7 @@ class Transformer(nn.Module):
 
 
 class Packed:
-    """Prompts and completions in one row without padding: every prompt is followed by its
-    completions.
+    """Whole prompts and completions in one row, without padding.
 
         row        p  p  p | a  a | b  b  b | q  q | c  c    a and b complete p, c completes q
         position   0  1  2   3  4   3  4  5   0  1   2  3    what each would have alone
@@ -302,8 +302,7 @@ class Packed:
 
 
 class Decoding:
-    """Attention of one new token in each row: to the prompt, which its group shares, and to what
-    the row has written.
+    """One new token in each row: what it attends to, in its prompt and in what the row has written.
 
     Rows stand in a grid of slots, one line for each prompt. Here the second completion of q has
     stopped, its row has left, and its slot is empty; what is computed there is never read:
@@ -319,9 +318,7 @@ class Decoding:
     """
 
     def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
-        """Make room for prompts of these lengths (P,), which `fill` brings, and for the new tokens
-        of `group_size` rows each.
-        """
+        """Make room for prompts of these lengths (P,), and for the new tokens of their groups."""
         device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
         layers = range(model.config.num_hidden_layers)
         P, L = len(lengths), int(lengths.max())
@@ -358,8 +355,8 @@ class Decoding:
     def _place(self, prompt: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
         """Put each row into a slot (rows,) of its prompt (rows,).
 
-        `queries_of` (P, K, G) says whose queries are computed where: the number of row and kv head.
-        An empty slot repeats those of the first row.
+        `queries_of` (P, K, G) says whose queries are computed where: it holds the index row * K +
+        kv head into the queries (rows * K, n, D). An empty slot repeats those of the first row.
         """
         self.prompt, self.slot, self.grid = prompt, slot, grid
         row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
@@ -379,7 +376,7 @@ class Decoding:
         (P, G), L = self.grid, self.bias.shape[-1]
         keys = self.keys[layer][:, :, :, : self.length + 1]  # (P, K, G, t, D)
         values = self.values[layer][:, :, :, : self.length + 1]
-        keys[self.prompt, :, self.slot, -1] = k[:, :, 0]
+        keys[self.prompt, :, self.slot, -1] = k[:, :, 0]  # (rows, K, D)
         values[self.prompt, :, self.slot, -1] = v[:, :, 0]
 
         q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
@@ -549,8 +546,7 @@ def uniforms(seed: int, prompt: Ids, place: int, count: int) -> np.ndarray:
 
 
 def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Choose a token for each row, at temperature 0 the likeliest; first top-k, then top-p remove
-    tokens.
+    """Choose a token for each row: the likeliest at temperature 0, else a random one.
 
     logprobs (rows, V) in float32, uniform (rows,) in float64 -> (rows,)
     """
@@ -569,8 +565,9 @@ def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 
 def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
-    """Return the first id whose cumulative probability exceeds uniform * total; (rows, V), (rows,)
-    -> (rows,).
+    """Return the first id whose cumulative probability exceeds uniform * total.
+
+    probs (rows, V), uniform (rows,) -> (rows,)
 
     Cumulative sums must be in float64, or rare tokens are rounded away. One over the whole
     vocabulary would write a float64 table of it for every token, so the search has two levels:
@@ -601,10 +598,10 @@ def first_above(edges: Tensor, target: Tensor) -> Tensor:
 
 
 def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple[Tensor, Decoding]:
-    """Run the prompts through the network; return logits (B, V) of all first tokens, and the
-    context to go on in.
+    """Run the prompts through the network -> logits (B, V) of the first tokens, and the Decoding.
 
-    Prompts mostly begin with the same system message: in each piece it is computed once. Pieces are
+    Prompts mostly begin with the same system message. So each piece of them is packed as if that
+    common start were a prompt, and what is left of each prompt a completion of it. Pieces are
     small, because a CPU is fastest while the activations fit into its caches, and a GPU's memory is
     needed for other things.
     """
@@ -668,9 +665,7 @@ def waves(config: ModelConfig, prompts: Sequence[Ids], sampling: Sampling) -> It
 
 
 def logits_in_tokens(config: ModelConfig) -> int:
-    """Return how many cached tokens take the memory of one row's logits and of the (up to twelve)
-    tables made from them.
-    """
+    """Return the memory of one row's logits, in cached tokens; up to 12 tables of them exist."""
     numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 12 * config.vocab_size // numbers_per_token
 
@@ -693,8 +688,7 @@ def check_ids(config: ModelConfig, name: str, ids: Ids, max_new_tokens: int = 0)
 
 @contextmanager
 def reordered_weights(model: Transformer) -> Iterator[None]:
-    """Inside, a float32 model on a CPU multiplies with copies of its weights in the order in which
-    oneDNN reads them.
+    """Inside, a float32 model on a CPU multiplies with weights in the order that suits oneDNN.
 
     A plain product of a handful of rows is several times slower than reading the weights from
     memory; this one is not, and rollouts take about 0.65 of the time. It costs one pass over the
@@ -745,8 +739,7 @@ def reordering_works() -> bool:
 def completion_logprobs(
     model: Transformer, prompts: list[Ids], completions: list[list[Ids]]
 ) -> tuple[Tensor, Tensor]:
-    """Compute the log-probabilities of given completions: P prompts, and for each a list of token
-    lists.
+    """Compute the log-probabilities of given completions: of each prompt a list of token lists.
 
     -> logprobs (B, T), mask (B, T); B completions, the first prompt's first, T the longest length
 
@@ -787,8 +780,7 @@ def logprobs_and_entropy(
 
 
 def pad(rows: list[Sequence], device: torch.device, dtype=torch.long) -> tuple[Tensor, Tensor]:
-    """Put lists into one tensor, padded on the right; the mask, not the padding's 0, says what
-    counts.
+    """Put lists into one tensor, padded with 0 on the right; the mask says what is no padding.
 
     -> values (B, T), mask (B, T)
     """
@@ -808,8 +800,7 @@ def unpack(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """Compute log softmax(hidden @ weight.T) at the targets, and the entropy, for a few rows at a
-    time.
+    """Compute log softmax(hidden @ weight.T) at the targets, and entropies, a few rows at a time.
 
     Forward, each chunk of logits is reduced to two numbers a row and forgotten. Backward, it is
     made again. The gradient of a target's log-probability by its row of logits is
@@ -1011,9 +1002,7 @@ def open_weights(file: Path, device: str = "cpu") -> safe_open:
 
 
 def read_tensor(file: Path, key: str, device: str) -> Tensor:
-    """Read one tensor; the file is opened anew for each, because the pages of an open file stay in
-    memory.
-    """
+    """Read one tensor; an open file would keep its pages in memory, so it is opened for each."""
     with open_weights(file, device) as weights:
         return weights.get_tensor(key)
 
@@ -1036,8 +1025,7 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Hand out an empty folder, which takes the place of `target` when the block ends without an
-    error.
+    """Hand out an empty folder, which takes the place of `target` when the block ends well.
 
     Everything in it is flushed to the disk before it is renamed: after a kill or a power cut there
     is the old folder or the new one under this name, and never half of either.
@@ -1072,9 +1060,7 @@ def flush(path: Path) -> None:
 
 
 def save_model(model: Transformer, path: str | Path) -> None:
-    """Write a checkpoint folder that other tools load; it replaces an older checkpoint, never
-    another folder (ValueError).
-    """
+    """Write a checkpoint folder that other tools load, in place of an older one if need be."""
     refuse_other_folders(Path(path))
     weights = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     with new_folder(Path(path)) as folder:
@@ -1102,9 +1088,7 @@ CARRIED += ("chat_template.jinja", "chat_template.json")
 
 
 def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write the config, these weights (on the host) and the tokenizer's files; ValueError: those
-    are gone.
-    """
+    """Write config, weights and the tokenizer's files; ValueError: those are gone."""
     if model.source and not model.source.is_dir():
         raise ValueError(f"{model.source}: no such folder any more, and the tokenizer was there")
     for name in CARRIED:
@@ -1127,9 +1111,7 @@ ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, chat template and stop tokens: text goes in, token ids come out,
-    and back.
-    """
+    """A checkpoint's tokenizer, chat template and stop tokens."""
 
     def __init__(self, path: str | Path):
         folder = Path(path)
@@ -1174,8 +1156,7 @@ class Tokenizer:
             raise ValueError(f"{folder}: max_new_tokens is {self.max_new_tokens!r}, not above 0")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Return the ids of a text, nothing added; unless `special`, the name of a special token is
-        plain text.
+        """Return the ids of a text; unless `special`, the name of a special token is plain text.
 
         ValueError: half of a surrogate pair, which no file in UTF-8 can hold.
         """
@@ -1241,9 +1222,7 @@ def raise_exception(message: str) -> None:
 
 
 class GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %} marks what trainers of other libraries learn; it
-    renders as it is.
-    """
+    """{% generation %} marks what trainers of other libraries learn; it renders as it is."""
 
     tags = {"generation"}
 
