@@ -389,9 +389,7 @@ class Decoding:
         return out[self.prompt, :, self.slot].view(rows, -1, 1, D)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these (indices, in order), and shrink the grid if a line or a column
-        of slots is empty.
-        """
+        """Forget all rows but these (indices, in order), and empty lines and columns of slots."""
         prompt, slot = self.prompt[rows], self.slot[rows]
         prompts, line, counts = prompt.unique(return_inverse=True, return_counts=True)
         grid = (len(prompts), int(counts.max()))
@@ -1187,9 +1185,7 @@ class Tokenizer:
         return self.encode(self.render(messages, thinking))
 
     def render(self, messages: list[dict[str, str]], thinking: bool = True) -> str:
-        """Return the chat as text by the checkpoint's own template; ValueError: it has none, or it
-        fails.
-        """
+        """Return the chat as text by the checkpoint's own template, or a ValueError."""
         if not self.template:
             raise ValueError("the checkpoint has no chat template (chat_template.jinja)")
         chat = dict(messages=messages, add_generation_prompt=True, enable_thinking=thinking)
