@@ -17,11 +17,10 @@ that counts them as a hundred is far too narrow.
 Two results are compared on the problems that both answered, problem by problem. What makes a
 problem hard is the same on both sides and cancels in the difference. The interval of the difference
 is therefore narrower than the intervals of the two accuracies suggest, and two checkpoints whose
-intervals overlap may still differ for certain.
+intervals overlap may still differ significantly.
 
 What a right letter does not show. The paper's claims are about reasoning, and each measure below
 speaks to one of them. The process measures are those from parse_rate on:
-a habit that wrong responses have more often than right ones is one that costs answers.
 
     accuracy       responses with the right letter; one without a readable answer is wrong
     macro          the mean of the benchmarks' accuracies, as in the paper's main table [P]

@@ -750,7 +750,7 @@ class GRPOConfig(Settings):
     """Settings of the training; the defaults are the paper's where it states them."""
 
     steps: int = setting(600, "steps, one rollout each [P]", low=1)
-    prompts: int = setting(4, "problems per step (P) [O]; torchrun rounds it up", low=1)
+    prompts: int = setting(4, "problems per step (P) [O]; torchrun rounds the default up", low=1)
     group_size: int = setting(5, "completions per problem (G), at least 2 to compare [P]", low=2)
     lr: float = setting(5e-7, "learning rate of AdamW [P]", low=0)
     warmup_steps: int = setting(10, "steps until the learning rate is reached [O]", low=0)
@@ -790,9 +790,9 @@ class Run(Settings):
 
     config: GRPOConfig = PAPER[0]
     reward_config: RewardConfig = PAPER[1]
-    model: Path = setting(TINY, "checkpoint folder of Hugging Face's, Qwen3 or Llama", kind=Path)
-    data: list = setting((), "training problems; else generated stories", kind=Path, nargs="+")
-    eval_data: list = setting((), "held-out problems; else some of --data", kind=Path, nargs="+")
+    model: Path = setting(TINY, "checkpoint folder, Qwen3 or Llama family", kind=Path)
+    data: list = setting(None, "training problems; else generated stories", kind=Path, nargs="+")
+    eval_data: list = setting(None, "held-out problems; else some of --data", kind=Path, nargs="+")
     lang: str = setting("en", "language of bilingual files", choices=("en", "zh"))
     content: Path = setting(None, "content model; without --model assets/content", kind=Path)
     out: Path = setting(None, "folder for checkpoints and log (runs/DATE-TIME)", kind=Path)

@@ -17,10 +17,10 @@ once, while sampling (Decoding) and in training (Packed), where gradients flow b
 from all of its completions.
 
 *The sampler's log-probabilities are those of the policy.* They are the log-softmax of the raw
-logits, taken before temperature or top-p change anything, and the sampler runs the same modules as
-the trainer. The two numbers for one token differ by rounding only: grpo.py logs the largest
-difference as `logprob_drift`. So the old policy's log-probabilities can be taken from the rollout
-and need no second pass.
+logits, taken before temperature or top-p change anything (training samples without them), and the
+sampler runs the same modules as the trainer. The two numbers for one token differ by rounding only:
+grpo.py logs the largest difference as `logprob_drift`. So the old policy's log-probabilities can be
+taken from the rollout and need no second pass.
 
 *Logits never exist all at once.* With a vocabulary of 151,936 the logits of twenty completions of
 1024 tokens take 12 GB, and their gradient as much again. The loss needs one number of each row, so
@@ -339,8 +339,11 @@ class Decoding:
         self._place(prompt, slot, (P, group_size))
 
     def fill(self, first: int, packed: Packed) -> None:
-        """Copy the keys and values of prompts `first`, `first` + 1, ...: a common start, and each
-        prompt's rest as its completion.
+        """Copy the keys and values of prompts `first`, `first` + 1, ... from a piece of prefill.
+
+        The row of the piece holds the prompts' common start and then the rest of each one. What the
+        start left is copied for every prompt: `sources` are places in that row, `rows` and
+        `columns` say where their keys go.
         """
         start = packed.prompts[0]
         sources, rows = [], []
@@ -588,11 +591,11 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
 def first_above(edges: Tensor, target: Tensor) -> Tensor:
     """Return the index of the first edge above the target; (rows, n), (rows, 1) -> (rows, 1).
 
-    Rounding must not put a target at the last edge or behind it, where no id has any probability.
+    Rounding must not put a target at the last edge or after it, where no id has any probability.
     """
     below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
     index = torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
-    return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index behind the end
+    return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index after the end
 
 
 def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple[Tensor, Decoding]:

@@ -533,7 +533,7 @@ def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
     return list(itertools.chain(*stories)), held_out
 
 
-# --------------------------------------------------------------------------------- how it learns it
+# ------------------------------------------------------------------- training the content model
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -549,7 +549,7 @@ class ContentConfig(Settings):
     out: Path = setting(Path("runs/content"), "the new folder")
     device: str = setting(DEVICE, "cuda where there is one, else cpu")
     epochs: int = setting(1, "passes over the pairs", low=1)
-    batch: int = setting(64, "pairs in one update, in whole stories", low=1)
+    batch: int = setting(64, "pairs in one update, whole questions", low=1)
     lr: float = setting(1e-5, "AdamW's learning rate, after a short warm-up", above=0, high=1)
     token_budget: int = setting(8192, "tokens in one micro-batch; only memory depends on it", low=1)
     seed: int = setting(0, "of the new head and the order of pairs", low=0, high=2**31 - 1)

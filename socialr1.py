@@ -131,7 +131,7 @@ def parse_response(text: str, problem: Problem) -> Response:
     """Parse a completion: find its reasoning, its answer and its stages, and judge its form.
 
     Well-formed means a think block with text in it, then exactly one readable answer block, and
-    nothing but white space around the two [P]. The answer is looked for behind the think block, so
+    nothing but white space around the two [P]. The answer is looked for after the think block, so
     that the reasoning may quote tags; only where there is no think block, in the whole text.
 
     The text comes with its special tokens, except for the one that ends it. They count as text, so
@@ -149,11 +149,11 @@ def parse_response(text: str, problem: Problem) -> Response:
 
 
 def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:
-    """Return what stands before, inside and behind the first block <tag> ... </tag> of a text.
+    """Return what stands before, inside and after the first block <tag> ... </tag> of a text.
 
     The block ends at the first closing tag. Tags count in any case, but exactly as spelt:
     `<think >` is no tag. Where there is no block, nothing stands before it, None is inside it, and
-    the whole text stands behind it.
+    the whole text stands after it.
     """
     before, *rest = re.split(f"(?ai)<{tag}>", text, maxsplit=1)
     inside, *behind = re.split(f"(?ai)</{tag}>", "".join(rest), maxsplit=1)
@@ -166,7 +166,7 @@ def read_answer(block: str, problem: Problem) -> str | None:
     """Return the letter that an answer block gives, or None where it cannot be read.
 
     An answer block can be read [O] if it holds the letter of an option, alone or with the text of
-    that very option behind it, or if it holds the text of exactly one option. Let B be "the
+    that very option after it, or if it holds the text of exactly one option. Let B be "the
     drawer". Then `B`, `(b)`, `**B**`, `B. the drawer` and `The drawer.` are B; `A or B`, `not B`
     and `B. the box` are None, since a reader could take each of them for either of two answers.
     """
@@ -193,12 +193,12 @@ def even_out(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Return a text in small letters, with single spaces, and without marks at its two ends."""
+    """Return a text in lower case, with single spaces, and without marks at its two ends."""
     return " ".join(even_out(text).casefold().split()).strip(MARKS)
 
 
 # A heading is the name of a stage at the start of a line, in any case. List numbers, "Step 2:",
-# "Stage 2 -", bullets, # and * may stand before it, emphasis, a colon or a dash behind it [O].
+# "Stage 2 -", bullets, # and * may stand before it, emphasis, a colon or a dash after it [O].
 # Every name is a group of the pattern: group 1 is the first stage.
 NAMES = "|".join(f"({re.escape(name)})" for name in STAGES)
 NUMBERING = r"(?:[ #*>+•·◦▪●–—-]|[\d.:()\[\]]|step|stage)*+"
@@ -337,7 +337,7 @@ KINDS = {"=": "set", "-": "leave", "+": "return", "?": "peek", ">": "tell", "!":
 
 
 def read_script(script: str, cast: dict[str, str], values: list[str]) -> list[Event]:
-    """Turn a script into events."""
+    """Read the events of a script, with the people and values of a story in it."""
     events = []
     for step in script.split():
         actor, sign, target, place = STEP.fullmatch(step).groups()
@@ -552,7 +552,7 @@ def draw_cast(rng: random.Random, lexicon: Lexicon, ability: str, split: str) ->
 
 
 def tell(events: list[Event], wording: dict[str, str], family: str, words: dict[str, str]) -> str:
-    """Tell events in English, one sentence each, behind an opening.
+    """Tell events in English, one sentence each, after an opening.
 
     A report that is false is said to be: the reader knows, the character does not.
     """
