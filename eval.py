@@ -794,9 +794,9 @@ def read_result(path: Path) -> dict:
         for place, evaluation in enumerate(evaluations):
             reward_config = RewardConfig(**evaluation.get("reward_config", {}))
             for item, record in enumerate(evaluation["responses"]):
-                item = (place, record.get("item", item))
+                item = (place, int(record.get("item", item)))
                 records.append(measure_again(record, reward_config) | {"item": item})
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: not a result of eval.py --json: {error!r}") from None
     if not records:
         raise ValueError(f"{path}: no responses in it")
@@ -810,8 +810,8 @@ def problem_of(record: dict) -> Problem:
 def measure_again(record: dict, reward_config: RewardConfig) -> dict:
     """Measure a stored record; LookupError, TypeError and ValueError say what does not fit."""
     problem, text, content = problem_of(record), record["text"], record.get("content")
-    # Only texts can be joined: a TypeError for anything else.
-    "".join([text, *problem.options, *(asdict(problem) | {"options": ""}).values()])
+    # Only texts can be joined and encoded: a TypeError or a ValueError for anything else.
+    "".join([text, *problem.options, *(asdict(problem) | {"options": ""}).values()]).encode()
     if content is not None:
         content = {stage: float(value) for stage, value in content.items()}
     measured = measure(problem, text, record["length"] + 0, content, reward_config)
@@ -943,7 +943,7 @@ class Command(EvalConfig):
     content: Path = setting(None, "content model of rewards.py, to score the stages", kind=Path)
     json: Path = setting(None, "write measures and responses here; can be resumed", kind=Path)
     report: Path = setting(None, "write a page (HTML) with marked responses here", kind=Path)
-    compare: list = setting(None, "results: B - A", kind=Path, nargs=2, metavar=("A", "B"))
+    compare: list = setting(None, "two results: B - A", kind=Path, nargs=2, metavar=("A", "B"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     dtype: str = setting(None, "float32; cuda: bfloat16", kind=str, choices=("float32", "bfloat16"))
 

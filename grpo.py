@@ -149,7 +149,7 @@ def group_advantages(
     if scale:
         advantages = advantages / (exact.std(dim=1, keepdim=True) + eps)
     advantages = advantages.masked_fill(flat_groups(exact, min_spread)[:, None], 0.0)
-    return advantages.to(rewards.dtype)
+    return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
 def flat_groups(rewards: Tensor, min_spread: float = 1e-3) -> Tensor:
@@ -583,8 +583,7 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
         problems = read_all(run.data, run.lang)
     else:
         problems = generate_problems(min(config.steps * config.prompts, 20_000), config.seed)
-    sources = {problem.source.partition("/")[0] for problem in problems}
-    for name in sorted(sources & DO_NOT_TRAIN.keys()):
+    for name in sorted(DO_NOT_TRAIN.keys() & {p.source.partition("/")[0] for p in problems}):
         tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
     if run.eval_data:
         held_out = read_all(run.eval_data, run.lang)
@@ -593,7 +592,7 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     if run.data:
         problems, held_out = hold_out_stories(problems, config.eval_problems)
         return problems, {"held out": held_out}
-    splits = ("test", "shift") if run.model == TINY else ("test",)
+    splits = ("test", "shift") if run.model.resolve() == TINY.resolve() else ("test",)
     return problems, {split: generate_problems(config.eval_problems, 1, split) for split in splits}
 
 
@@ -680,7 +679,7 @@ class Interrupt:
 def announce(run: Run, training: Training, first: int) -> None:
     """Say at the start what is trained on what."""
     parameters = sum(p.numel() for p in training.policies.model.parameters()) / 1e6
-    content = run.content or "off (no --content, or no weight), the other weights stay as they are"
+    content = run.content or "off (no --content, no weight, or --without); no other weight changes"
     print(f"{parameters:.2f}M parameters, {len(training.problems)} training problems,")
     print(f"{run.config.steps - first} steps to go; R_content: {content}")
 
@@ -731,11 +730,11 @@ def report(run: Run, finished: int, checkpoint: Path | None) -> None:
             results |= dict(pair)
         if results:
             print(f"\n{table(results)}")
-        right = [line["out"] for line in read_log(run.out / "metrics.jsonl")]
-        print(f"\nright answers in training: {right[0]:.3f} at first, {right[-1]:.3f} at last")
-        print(f"model: {checkpoint}\nlog: {run.out}/metrics.jsonl")
-        print(f"every response before and after: {run.out}/before.json, after.json")
-        print(f"next: python eval.py --model {checkpoint}")
+        right = [line["out"] for line in read_log(run.out / "metrics.jsonl") if "out" in line]
+        if right:
+            print(f"\nright answers in training: {right[0]:.3f} at first, {right[-1]:.3f} at last")
+        print(f"log, and every response: {run.out}/metrics.jsonl, before.json, after.json")
+        print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}")
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -797,8 +796,8 @@ class Run(Settings):
     content: Path = setting(None, "content model; without --model assets/content", kind=Path)
     out: Path = setting(None, "folder for checkpoints and log (runs/DATE-TIME)", kind=Path)
     device: str = setting("cpu", "with --model: cuda, where there is one")
-    dtype: str = setting("float32", "of the computation; on cuda: bfloat16", choices=DTYPES)
-    offload: bool = setting(False, "weights, gradients, AdamW's states on the host (cuda)")
+    dtype: str = setting("float32", "of the computation; else bfloat16 on cuda", choices=DTYPES)
+    offload: bool = setting(False, "cuda only: keep weights and AdamW's states on the host")
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -815,14 +814,14 @@ def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem
     identity = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
     for name in RESUMABLE:
         del identity[name]
-    identity["training problems"] = hashlib.sha256(repr(problems).encode()).hexdigest()
-    identity["held-out problems"] = hashlib.sha256(repr(held_out).encode()).hexdigest()
-    for folder in filter(None, (run.model, run.content)):
+    identity["training problems"] = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
+    identity["held-out problems"] = hashlib.sha256(repr(held_out).encode()).hexdigest()[:16]
+    for kind, folder in (("model", run.model), ("content model", run.content or Path("none"))):
         carried = [folder / name for name in ("config.json", *CARRIED)]
         for file in filter(Path.is_file, (*weight_files(folder), *carried)):
             with open(file, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
-            identity[f"{folder.name}/{file.name}"] = digest
+                digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
+            identity[f"{kind}/{file.name}"] = digest
     return identity
 
 
@@ -831,17 +830,17 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
 
     ValueError: there is a run and nobody asked to go on with it, or it had other settings or files.
     """
-    saved, log = checkpoints(run.out), run.out / "metrics.jsonl"
-    if not resume and (saved or log.exists()):
+    saved = checkpoints(run.out)
+    if not resume and (saved or (run.out / "metrics.jsonl").exists()):
         raise ValueError(f"{run.out} holds a run already: --resume it, or choose another --out")
     if resume and not run.out.is_dir():
         raise ValueError(f"{run.out} holds no checkpoint: choose another --out to begin anew")
     if not saved:  # with `resume` the run was stopped before its first checkpoint
         return None
     checkpoint, state = newest_checkpoint(run.out)
-    before = state["identity"]
-    changed = [name for name in identity if before.get(name) != identity[name]]
-    listing = "; ".join(f"{name} was {before.get(name)}, is {identity[name]}" for name in changed)
+    was = state["identity"] if isinstance(state.get("identity"), dict) else {}
+    changed = [name for name in was | identity if was.get(name) != identity.get(name)]
+    listing = "; ".join(f"{name} was {was.get(name)}, is {identity.get(name)}" for name in changed)
     if changed:
         raise ValueError(f"cannot resume {checkpoint}, not the same run: {listing}")
     return checkpoint
@@ -1170,11 +1169,10 @@ def parse_arguments() -> argparse.Namespace:
 def make_run(args: argparse.Namespace) -> Run:
     """Turn the flags into a run; ValueError: flags that do not go together."""
     config, reward_config = PAPER if args.model else TINY_PRESET
-    workers = world_size()
     if args.resume and not args.out:
         raise ValueError("--resume needs --out: the folder of the run to go on with")
     if args.prompts is None:  # all processes answer equally many
-        args.prompts = math.ceil(config.prompts / workers) * workers
+        args.prompts = math.ceil(config.prompts / world_size()) * world_size()
     if args.max_length is None:
         args.max_length = args.max_new_tokens or config.max_new_tokens
     if args.device is None and args.model and torch.cuda.is_available():
@@ -1185,18 +1183,19 @@ def make_run(args: argparse.Namespace) -> Run:
     run = Run(config.updated(args), reward_config.updated(args), content=content).updated(args)
     if run.offload and not run.device.startswith("cuda"):
         raise ValueError(f"--offload relieves a GPU's memory; --device {run.device} is the host")
-    if run.config.prompts % workers:
-        raise ValueError(f"--prompts {run.config.prompts}: not a multiple of {workers} processes")
+    if run.config.prompts % world_size():
+        raise ValueError(f"--prompts {run.config.prompts}: no multiple of {world_size()} processes")
     return replace(run, content=None) if "content" in run.reward_config.off else run
 
 
 def main() -> None:
     args = parse_arguments()
     run = make_run(args)
+    if args.plan is None or not run.device.startswith("cuda"):
+        check_device(run.device)
     if args.plan is not None:
         print_plan(run, args.plan * 2**30 or memory_of(run.device))
         return
-    check_device(run.device)
     if is_sharded(run):
         run = replace(run, device=join_processes(run.device))
     if run.out is None:  # the same name in all processes, although their clocks may differ

@@ -1180,7 +1180,7 @@ class Tokenizer:
         if tokens and tokens[-1] in self.stop_ids:
             tokens.pop()
         end_of_prompt = self.backend.decode(list(prompt[-16:]), skip_special_tokens=False)
-        opened = "<think>" if end_of_prompt.rstrip().endswith("<think>") else ""
+        opened = "<think>" if end_of_prompt.rstrip().lower().endswith("<think>") else ""
         return opened + self.backend.decode(tokens, skip_special_tokens=False)
 
     def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:

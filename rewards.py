@@ -204,7 +204,7 @@ class RewardConfig(Settings):
     # The paper's run with R_out alone is --without struct,content,len.
     without: str = setting("", f"terms to turn off, any of {','.join(TERMS)}")
     min_length: int = setting(32, "tokens; the length window is 0.5 here ... [O]", low=1)
-    max_length: int = setting(1024, "... and here [O]", low=2)
+    max_length: int = setting(1024, "... and here; in grpo.py --max-new-tokens [O]", low=2)
     sharpness: float = setting(50.0, "steepness k of the length window [P]", above=0)
     tau_start: float = setting(0.2, "weight of the process terms at first [O]", low=0, high=1)
     tau_from: float = setting(0.0, "fraction of the run for which tau stays so [O]", low=0, high=1)
@@ -536,18 +536,17 @@ def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
 # ------------------------------------------------------------------- training the content model
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @dataclass(frozen=True)
 class ContentConfig(Settings):
     """Settings of the content model and its training: the paper states none of them [O]."""
 
     model: Path = setting(None, "checkpoint folder to start from; else assets/tiny", kind=Path)
-    pairs: Path = setting(None, "JSONL with story, question, stage, chosen, rejected", kind=Path)
+    pairs: Path = setting(
+        None, "JSONL: story, question, stage, chosen, rejected (needed)", kind=Path
+    )
     held_out: Path = setting(None, "pairs to examine on; else a tenth of --pairs", kind=Path)
     out: Path = setting(Path("runs/content"), "the new folder")
-    device: str = setting(DEVICE, "cuda where there is one, else cpu")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     epochs: int = setting(1, "passes over the pairs", low=1)
     batch: int = setting(64, "pairs in one update, whole questions", low=1)
     lr: float = setting(1e-5, "AdamW's learning rate, after a short warm-up", above=0, high=1)

@@ -613,8 +613,8 @@ def read_csv(file: Path, lines: io.StringIO) -> Iterator[tuple[int, dict]]:
     try:
         for row in reader:
             if None in row:
-                cells = f"more cells than the {len(row) - 1} columns"
-                raise ValueError(f"{file}:{reader.line_num}: {cells}")
+                given = f"{file}:{reader.line_num}"
+                raise ValueError(f"{given}: more cells than the {len(row) - 1} columns")
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(f"{file}:{reader.reader.line_num}: broken row: {error}") from None

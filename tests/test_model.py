@@ -539,6 +539,9 @@ def test_a_completion_is_read_with_its_special_tokens_and_the_tag_that_its_promp
     assert tokenizer.completion_text(plain, [pad, *x, turn, *x]) == "<pad>x<|im_end|>x"
     assert tokenizer.completion_text(plain, [end, end]) == "</s>"  # only the closing one goes
     assert tokenizer.completion_text(plain, []) == ""
+    (tmp_path / "chat_template.jinja").write_text("<Think>")  # the tag counts in any case
+    loud = Tokenizer(tmp_path)
+    assert loud.completion_text(loud.chat([]), [*x, end]) == "<think>x"
 
 
 def test_templates_may_use_what_real_ones_use(tmp_path):

@@ -70,6 +70,13 @@ def test_dr_grpo_leaves_the_division_out():
     assert advantages_of(1, 0, 0.5, 2, scale=False) == pytest.approx(expected)
 
 
+def test_whole_numbers_are_rewards_too():
+    # Right and wrong as 1 and 0: mean 1/2, sample standard deviation sqrt(1/2), so +-0.7071.
+    advantages = group_advantages(torch.tensor([[0, 1], [1, 1]]))
+    assert advantages[0].tolist() == pytest.approx([-0.707106, 0.707106], abs=1e-5)
+    assert advantages[1].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("scale", [True, False])
 def test_equal_rewards_teach_nothing(scale):
     # In binary, 0.1 summed and divided need not be 0.1 again: the zeros must be exact all the same.

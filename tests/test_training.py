@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,7 +34,7 @@ from grpo import train, update
 from model import ChunkedLogProbs, Completion, Diverged, Transformer, generate
 from model import logprobs_and_entropy, parse_config
 from rewards import RewardConfig
-from socialr1 import TINY
+from socialr1 import TINY, TINY_CONTENT
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = dict(
@@ -472,6 +473,22 @@ def test_changed_files_are_noticed_on_resume(tmp_path, command):
         and "training problems was " in err
         and err.count("\n") == 1
     )
+
+
+def test_a_run_goes_on_only_with_the_model_and_the_content_model_it_had(tmp_path):
+    for name in ("x", "y"):  # two folders of the same name
+        shutil.copytree(TINY if name == "x" else TINY_CONTENT, tmp_path / name / "m")
+    run = replace(run_in(tmp_path / "run", steps=2), model=tmp_path / "x" / "m")
+    with_content = replace(run, content=tmp_path / "y" / "m")
+    train(with_content)
+    with pytest.raises(ValueError, match="not the same run: content model/model.safetensors was"):
+        train(run, resume=True)
+    train(with_content, resume=True)
+    weights = load_file(tmp_path / "x" / "m" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "x" / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match="not the same run: model/model.safetensors was"):
+        train(with_content, resume=True)
 
 
 def test_a_torn_log_is_mended(tmp_path, capsys):
