@@ -887,8 +887,7 @@ def save_checkpoint(run: Run, policies: Policies, step: int, identity: dict) -> 
             save_file(states, folder / "optimizer.safetensors")
             write_json(folder / "state.json", {"step": step, "identity": identity})
     except (OSError, SafetensorError) as error:
-        good = [str(path) for path in checkpoints(run.out)][-1:] or ["none"]
-        remedy = f"newest whole checkpoint: {good[0]}; make room, then --resume"
+        remedy = "the checkpoints before it are whole: make room, then --resume"
         raise OSError(f"{target} could not be saved: {error}; {remedy}") from None
     for path in checkpoints(run.out)[: -run.config.keep]:
         if path != target:

@@ -365,8 +365,8 @@ class Decoding:
         row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
         row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
         K = self.keys[0].shape[1]
-        heads = torch.arange(K, device=prompt.device)[:, None]
-        self.queries_of = row_of_slot[:, None, :] * K + heads
+        self.heads = torch.arange(K, device=prompt.device)[:, None]
+        self.queries_of = row_of_slot[:, None, :] * K + self.heads
 
     @property
     def positions(self) -> Tensor:
@@ -399,18 +399,20 @@ class Decoding:
         if grid == self.grid:
             self._place(prompt, slot, grid)
             return
-        first_of_line = counts.cumsum(0) - counts
-        column = torch.arange(len(rows), device=rows.device) - first_of_line[line]
+        K, G = self.queries_of.shape[1:]
+        # The first row of a line goes into column 0, the next one into column 1.
+        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
         self._place(line, column, grid)
         self.prompt_lengths, self.bias = self.prompt_lengths[prompts], self.bias[prompts]
+        row = self.queries_of // K  # (P, K, G): which row stands in each new slot,
+        source = ((prompt[row] * K + self.heads) * G + slot[row]).flatten()  # and its old slot
         for layer in range(len(self.keys)):
             for caches in (self.prompt_keys, self.prompt_values):
                 caches[layer] = caches[layer][prompts]
             for caches in (self.keys, self.values):
-                old = caches[layer]
-                new = old.new_empty(grid[0], old.shape[1], grid[1], *old.shape[3:])
-                new[line, :, column, : self.length] = old[prompt, :, slot, : self.length]
-                caches[layer] = new
+                old, t = caches[layer], self.length
+                caches[layer] = old.new_empty(grid[0], K, grid[1], *old.shape[3:])
+                caches[layer].flatten(0, 2)[:, :t] = old.flatten(0, 2)[source, :t]
 
 
 # -------------------------------------------------------------------------------------- sampling
