@@ -409,10 +409,10 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
             losses.append(batch_sums["loss"])
             norms.append(norm)
             sizes.append(batch_sums["completions"])
+            for name in sums:
+                sums[name] += batch_sums[name]
         optimizer.zero_grad(set_to_none=True)
         drifts.append(drift)
-        for name in sums:
-            sums[name] += batch_sums[name]
     tokens = max(sums.pop("tokens"), 1)
     means = {name: value / tokens for name, value in sums.items()}
     if policies.reference is None:
