@@ -93,12 +93,15 @@ def evaluate(
 
     `content` scores the stages of each response, `label` names a progress bar. Answers are appended
     to the file `journal` as they come; called again after an interruption, evaluate asks only for
-    those that are missing. ValueError: no problems, a problem too long for the model's context.
+    those that are missing, at the moment when it was called first. ValueError: no problems, a problem too long for the model's context.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
     config = EvalConfig(**settings)
     longest = config.max_new_tokens or tokenizer.max_new_tokens
+    done = {}
+    if journal:
+        tokenizer.moment, done = read_journal(journal, tokenizer.moment)
     chats = [build_messages(problem, instructions) for problem in problems]
     prompts = [tokenizer.chat(messages, config.thinking) for messages in chats]
     check_lengths(model.config, problems, prompts, longest)
@@ -110,9 +113,8 @@ def evaluate(
     if config.temperature is None:
         sampling["temperature"] = 1.0 if config.samples > 1 else 0.0
     sampling["stop_ids"] = list(tokenizer.stop_ids)
-    source = digest([fingerprint(model), sampling])
+    source = digest([fingerprint(model), sampling]) if journal else ""
     names = {tuple(prompt): digest([source, prompt]) for prompt in prompts}
-    done = read_journal(journal) if journal else {}
     missing = [prompt for prompt, name in names.items() if name not in done]
     stream = generate_stream(model, missing, token_budget=config.token_budget, **sampling)
     bar = dict(desc=label, total=len(missing), unit="prompt", disable=label is None, leave=False)
@@ -146,22 +148,27 @@ def check_lengths(
             raise ValueError(f"problem {problem.id!r}: {tokens} exceed the context, {context}")
 
 
-def read_journal(journal: Path) -> dict[str, list[tuple[str, int]]]:
-    """Read answers by name: the text of each sample, and its number of tokens.
+def read_journal(journal: Path, moment: float) -> tuple[float, dict[str, list[tuple[str, int]]]]:
+    """Return when an evaluation began, and its answers by name; a new one begins at `moment`.
 
-    A journal has a line for each prompt. An interruption can leave a torn last line, which is cut
-    off. ValueError: the file is no journal.
+    One line holds the moment, and each other one the answers to a prompt: the text of each sample,
+    and its number of tokens. An interruption can leave a torn last line, which is cut off.
+    ValueError: the file is no journal.
     """
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     complete = [line for line in lines if line.endswith(b"\n")]
+    complete = complete or [json.dumps(["moment", moment]).encode() + b"\n"]
     answers = {}
     try:
         for name, samples in map(json.loads, complete):
-            answers[name] = [(text + "", length + 0) for text, length in samples]
+            if name == "moment":
+                moment = samples + 0.0
+            else:
+                answers[name] = [(text + "", length + 0) for text, length in samples]
     except (ValueError, TypeError):
         raise ValueError(f"{journal}: not an evaluation's journal; choose another --json") from None
     write_text(journal, b"".join(complete).decode())
-    return answers
+    return moment, answers
 
 
 def digest(value: object) -> str:
@@ -169,11 +176,12 @@ def digest(value: object) -> str:
 
 
 def fingerprint(model: Transformer) -> str:
-    """Digest the weights: it changes with an update of any weight, and with the dtype."""
-    weights = list(model.parameters())
-    sums = [p.sum(dtype=torch.float64).item() for p in weights]
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float64).item() for p in weights]
-    return digest([sums, norms, [str(p.dtype) for p in weights]])
+    """Digest all that a model's outputs depend on: its weights, in their dtype, and its config."""
+    weights = hashlib.blake2b(digest_size=16)
+    for p in model.parameters():
+        weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    dtypes = [str(p.dtype) for p in model.parameters()]
+    return digest([weights.hexdigest(), dtypes, model.config.raw])
 
 
 # ------------------------------------------------------------------------- what one response shows
@@ -433,6 +441,18 @@ TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
 ENDINGS = (".jsonl", ".json", ".csv")
+OTHER_FORMATS = (
+    ".tsv",
+    ".xlsx",
+    ".parquet",
+    ".arrow",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+    ".tar",
+)
 
 
 def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
@@ -455,7 +475,7 @@ def emobench_ea(row: dict, lang: str) -> Iterator[dict | str]:
 def motivebench(row: dict, lang: str) -> Iterator[dict | str]:
     """Ask three questions a row; each has a scenario of its own, which stands in front of it."""
     for place, kind in enumerate(("motivation", "behavior", "motivation and behavior"), start=1):
-        sentences = re.split(r"(?<=[.!?])\s+", row[simplify(f"{kind} reasoning question")].strip())
+        sentences = split_sentences(row[simplify(f"{kind} reasoning question")].strip())
         asking = [sentence for sentence in sentences if sentence.endswith("?")]
         unasked = f"What is the most likely {kind}?"
         question = asking[-1] if asking and len(sentences) > 1 else unasked
@@ -463,6 +483,26 @@ def motivebench(row: dict, lang: str) -> Iterator[dict | str]:
         item = dict(story=story, question=question, ability=kind)
         item |= dict(options=row[f"options{place}"], answer=row[f"correctanswer{place}"])
         yield item | dict(id=f"{row['idx']}:{place}")
+
+
+# Titles and the like; and single letters, as in initials, "U.S.", "e.g." and "a.m."
+ABBREVIATIONS = "Mr Mrs Ms Mx Dr Prof Rev Hon Capt Lt Sgt Col Gen Gov Sen Rep St Mt Sr Jr No vs etc"
+ABBREVIATIONS += " approx Inc Ltd Co [A-Za-z]"
+ABBREVIATED = re.compile(rf"(?<![^\s.(])(?:{ABBREVIATIONS.replace(' ', '|')})\.$")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Split a text at blanks behind . ! or ?, unless it may go on: "Mr. Hale", "e.g. this".
+
+    Where it is unclear, two sentences stay together, which costs less than one cut in two.
+    """
+    sentences = [""]
+    for piece in re.split(r"(?<=[.!?])(?=\s+[^\sa-z])", text):
+        if ABBREVIATED.search(sentences[-1]) or not sentences[-1]:
+            sentences[-1] += piece
+        else:
+            sentences.append(piece.lstrip())
+    return sentences
 
 
 def hitom(row: dict, lang: str) -> Iterator[dict | str]:
@@ -490,7 +530,8 @@ def tactfultom(row: dict, lang: str) -> Iterator[dict | str]:
             if kind == "belief" and not any(option.startswith(person) for option in options):
                 yield "asks about one person, and all options speak of another"
                 continue
-            item = dict(story=row["fullcontext"], question=asked["question"], id=asked["q_id"])
+            question = TEXTS["tactfultom"].get(kind, "") + asked["question"]
+            item = dict(story=row["fullcontext"], question=question, id=asked["q_id"])
             yield item | dict(options=options, answer="A", ability=kind.replace("_", " "))
     for name, asked in row.items():
         if name == "comprehensionqa" or name.endswith(("qasbinary", "qalist", "qaslist")):
@@ -507,17 +548,22 @@ def simpletom(row: dict, lang: str) -> Iterator[dict | str]:
 def by_columns(row: dict, lang: str) -> Iterator[dict | str]:
     """Read a row that has a column for each text, under one of the names in COLUMNS."""
     options = read_options(row, lang)
-    if lang == "en" and "故事" in row and len(read_options(row, "zh")) != len(options):
-        yield "its English question belongs to another story"
-        return
     item = {text: first_cell(row, COLUMNS[lang][text]) for text in ("story", "question", "answer")}
-    ability = clean(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
+    if "故事" in row and not present(item["story"]):
+        yield f"has no text in {lang!r}"
+        return
+    if lang == "en" and present(row.get("故事")):
+        # In one row of ToMBench the English question and options belong to another story.
+        if len(read_options(row, "zh")) not in (0, len(options)):
+            yield "its two languages have different numbers of options"
+            return
+    ability = present(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
     # "Belief: Second-order beliefs" is belief
     yield item | dict(options=options, ability=ability.strip().lower())
 
 
 def our_own(row: dict, lang: str) -> Iterator[dict | str]:
-    extra = {name: clean(row.get(name)) for name in ("source", "id", "variant")}
+    extra = {name: present(row.get(name)) for name in ("source", "id", "variant")}
     for item in by_columns(row, lang):
         yield item | {name: text for name, text in extra.items() if text}
 
@@ -545,7 +591,7 @@ READERS = (
 
 
 class NoProblems(ValueError):
-    """A file that holds no problems; a folder may have such files, too."""
+    """A file that holds no problems, or cannot be read; a folder may have such files, too."""
 
 
 def recognise(file: Path, columns: list[str]) -> Reader:
@@ -574,8 +620,13 @@ def simplify(name: str) -> str:
 
 
 def clean(cell: object) -> str:
-    """Return a cell as stripped text; "" for what is missing: None, NaN, an empty cell."""
-    text = "" if cell is None else str(cell).strip()
+    """Return a cell as stripped text; "" for what is missing: None, or NaN as a number."""
+    return "" if cell is None or cell != cell else str(cell).strip()
+
+
+def present(cell: object) -> str:
+    """Return a cell as stripped text, if it is not missing: in a CSV "nan" and "NaN" are, too."""
+    text = clean(cell)
     return "" if text in ("nan", "NaN") else text
 
 
@@ -585,7 +636,7 @@ def first_cell(row: dict, names: list[str]) -> object:
 
 def read_options(row: dict, lang: str) -> list:
     """Return the options' cells, from one column or several, without empty ones at the end."""
-    cells = first_cell(row, COLUMNS[lang]["options"])
+    cells, filled = first_cell(row, COLUMNS[lang]["options"]), clean
     if cells and isinstance(cells, str):
         try:
             cells = ast.literal_eval(cells)
@@ -594,96 +645,162 @@ def read_options(row: dict, lang: str) -> list:
     for pattern in COLUMNS[lang]["option"]:
         if not cells and pattern.format("a") in row:
             cells = [row.get(pattern.format(letter.lower())) for letter in LETTERS]
+            filled = present  # a last option "nan" is missing; between others it is a word
     cells = list(cells) if isinstance(cells, (list, tuple)) else []
-    while cells and not clean(cells[-1]):
+    while cells and not filled(cells[-1]):
         cells.pop()
     return cells
 
 
 def without_letter(text: str, letter: str) -> str:
-    """Drop an option's letter, with its mark, before its text; "A.I. is clever" has none."""
-    return re.sub(rf"^{letter}\s*[.:：．、)]\s*(?=\S)(?![A-Z]\.)", "", text)
+    """Drop an option's letter, with its marks, before its text."""
+    return re.sub(rf"(?i)^[(（\[]?{letter}\s*[.:：．、)）\]]\s*(?=\S)", "", text)
 
 
-def find_letter(answer: str, options: dict[str, str], first_place: int) -> str:
-    """Return the letter of an answer: a letter ("A", "a. "), an option's text or a place."""
-    bare = answer.rstrip(".) ").upper()
-    if bare in options:
-        return bare
-    same = [o for o, text in options.items() if text in (answer, without_letter(answer, o))]
-    if len(same) == 1:
-        return same[0]
-    if bare.isdecimal() and 0 <= int(bare) - first_place < len(options):
-        return LETTERS[int(bare) - first_place]
-    raise ValueError(f"answer {answer!r} has no option: expected one letter of {''.join(options)}")
+def tidy(item: dict) -> tuple[dict, list[str]]:
+    """Clean the texts of an item -> the item, with its options by letter, and what was repaired.
 
-
-def make_problem(item: dict, reader: Reader, first_place: int) -> tuple[Problem, list[str]]:
-    """Make a problem of what a reader yields -> the problem, and notes on what was repaired."""
+    ValueError: a text is missing, or there are too few or too many options.
+    """
     raw = [item["story"], item["question"], *item["options"]]
     if not 2 <= len(raw) - 2 <= len(LETTERS):
         raise ValueError(f"a problem needs 2 to 26 options, got {len(raw) - 2}")
     story, question, *texts = map(clean, raw)
-    options = {letter: without_letter(text, letter) for letter, text in zip(LETTERS, texts)}
     if "" in texts:
         raise ValueError(f"option {LETTERS[texts.index('')]} is empty")
-    if not story or not question:
+    if not present(story) or not present(question):
         raise ValueError("the story or the question is empty")
     "".join((story, question, *texts)).encode()  # half of a surrogate pair is no text
-    answer = clean(item["answer"])
-    gold = find_letter(answer, options, first_place)
-    as_expected = (gold, gold.lower(), options[gold])
+    bare = [without_letter(text, letter) for letter, text in zip(LETTERS, texts)]
+    lettered = all(text != full for text, full in zip(bare, texts))  # "A. Smith" alone is a name
     repairs = {
         "a line that is no part of the story": item.get("cut"),
         "blanks around a text": any(isinstance(x, str) and x != x.strip() for x in raw),
-        "a letter before an option's text": texts != list(options.values()),
-        "more than a letter as answer": answer not in as_expected and not answer.isdecimal(),
+        "a letter before an option's text": lettered,
     }
-    order = list(options)
+    item = item | dict(story=story, question=question, answer=clean(item["answer"]))
+    item["options"] = dict(zip(LETTERS, bare if lettered else texts))
+    return item, [f"repaired: {what}" for what, done in repairs.items() if done]
+
+
+def possible_golds(answer: str, options: dict[str, str]) -> dict[str, str]:
+    """Return what letter an answer means, by the kind of answer that it may be.
+
+    A letter may have marks around it, or its option's text behind it.
+    """
+    golds = {}
+    bare = answer.strip("()[]. ").upper()
+    for letter, text in options.items():
+        if letter == bare or answer != without_letter(answer, letter) == text:
+            golds["one letter"] = letter
+    same = [letter for letter, text in options.items() if text == answer]
+    if len(same) == 1:
+        golds["the text of exactly one option"] = same[0]
+    number = re.fullmatch(r"(\d{1,2})(\.0)?", answer)
+    for first in (1, 0):
+        if number and 0 <= int(number[1]) - first < len(options):
+            golds[f"a place, counted from {first},"] = LETTERS[int(number[1]) - first]
+    return golds
+
+
+def decide_golds(items: list[tuple[int, dict]], benchmark: str) -> list[str]:
+    """Return the right letter of each item; which kind its answer is, the whole file decides.
+
+    The kind must fit all answers. If both do, SocialIQA counts places from 1. ValueError names the
+    line: no kind fits, or several do and mean other letters.
+    """
+    golds = [possible_golds(item["answer"], item["options"]) for _, item in items]
+    fitting = Counter(itertools.chain(*golds))
+    kinds = [kind for kind, count in fitting.items() if count == len(items)]
+    if items and not kinds:
+        usual = max(fitting, key=fitting.get, default="one letter")
+        line, item = next(place for place, found in zip(items, golds) if usual not in found)
+        expected = f"expected {usual} of {''.join(item['options'])}"
+        raise ValueError(f"{line}: answer {item['answer']!r} has no option: {expected}")
+    if benchmark == "socialiqa":
+        kinds = [kind for kind in kinds if "from 1" in kind] or kinds
+    unclear = [line for (line, _), found in zip(items, golds) if len({found[k] for k in kinds}) > 1]
+    if unclear:
+        rows = ", ".join(map(str, unclear[:5])) + ", ..." * (len(unclear) > 5)
+        meant = f"answers may be {' or '.join(kinds)} which differ in rows {rows}"
+        raise ValueError(f"{unclear[0]}: {meant}; write them as letters")
+    return [found[kinds[0]] for found in golds]
+
+
+def make_problem(item: dict, gold: str, reader: Reader) -> Problem:
+    """Make a problem of an item whose right letter is known; shuffle the options if need be."""
+    options, order = item["options"], list(item["options"])
     if reader.shuffled:
         order = random.Random(f"{reader.name} {item['id']}").sample(order, len(order))
-    names = ("ability", "source", "id", "variant", "joint")
-    given = {name: item.get(name, "") for name in names} | dict(story=story, question=question)
-    given |= dict(options=[options[o] for o in order], answer=LETTERS[order.index(gold)])
-    return Problem(**given), [f"repaired: {what}" for what, done in repairs.items() if done]
+    names = ("story", "question", "ability", "source", "id", "variant", "joint")
+    given = {name: item.get(name, "") for name in names}
+    texts = [options[letter] for letter in order]
+    return Problem(**given, options=texts, answer=LETTERS[order.index(gold)])
 
 
 Reading = tuple[list[Problem], list[str]]  # problems, notes
 
 
 def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Reading:
-    """Read a file -> its problems, and notes with the rows that they are about."""
-    raw = read_with_labels(file)
-    if not raw:
-        raise NoProblems("no rows; expected one problem a row")
-    reader = recognise(file, list(raw[0][1]))
+    """Read a file -> its problems, and notes with the rows that they are about.
+
+    NoProblems: it holds none, or cannot be read. ValueError: a row of a benchmark that is broken.
+    """
+    if file.suffix.lower() in OTHER_FORMATS:
+        raise NoProblems(f"this format is not read; make .jsonl, .json or .csv of it")
+    rows = read_with_labels(file)
+    try:
+        first = next(rows)
+    except StopIteration:
+        raise NoProblems("no rows; expected one problem a row") from None
+    except ValueError as error:
+        raise NoProblems(str(error)) if in_folder else error from None
+    reader = recognise(file, list(first[1]))
     reader = reader._replace(name=name or reader.name)
     if in_folder and reader.name == "socialiqa" and re.search("train|trn", file.stem.lower()):
         raise NoProblems("the training split; name the file to read it")
-    rows = [(line, {simplify(key): row[key] for key in row}) for line, row in raw]
-    # Some files count the options from 0, which only the file as a whole can tell.
-    golds = [clean(first_cell(row, COLUMNS[lang]["answer"])) for _, row in rows]
-    first_place = 0 if "0" in golds else 1
-    problems, notes = [], defaultdict(list)
-    for line, row in rows:
+
+    items, notes = [], defaultdict(list)
+    for line, row in itertools.chain([first], rows):
         try:
-            items = reader.items(row, lang)
-            if "language" in reader.columns and row["language"] != lang:
-                items = ["in the other language"]
-            for item in items:
+            for item in read_items(reader, file, line, row, lang):
                 remarks = [f"left out: {item}"]
                 if isinstance(item, dict):
-                    source = f"{reader.name}/{item.get('subset', file.stem)}"
-                    item = {"source": source, "id": f"{file.stem}:{line}"} | item
-                    problem, remarks = make_problem(item, reader, first_place)
-                    problems.append(problem)
+                    item, remarks = tidy(item)
+                    items.append((line, item))
                 for remark in remarks:
                     notes[remark].append(line)
         except ValueError as error:
             raise ValueError(f"{file}:{line}: {error}") from None
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}:{line}: not a row of {reader.name}: {error!r}") from None
-    return problems, [describe(file, note, notes[note]) for note in notes]
+    try:
+        golds = decide_golds(items, reader.name)
+    except ValueError as error:
+        raise ValueError(f"{file}:{error}") from None
+    problems = []
+    for (line, item), gold in zip(items, golds):
+        problems.append(make_problem(item, gold, reader))
+        as_expected = (gold, gold.lower(), item["options"][gold])
+        if item["answer"] not in as_expected and not item["answer"].isdecimal():
+            notes["repaired: more than a letter as answer"].append(line)
+    notes = [describe(file, note, notes[note]) for note in notes]
+    if lang != "en" and not {"language", "故事"} & set(map(simplify, first[1])):
+        notes.append(f"{file}: in one language only, so --lang {lang} changes nothing")
+    return problems, notes
+
+
+def read_items(reader: Reader, file: Path, line: int, row: dict, lang: str) -> Iterator[dict | str]:
+    """Read the items of a row, with source and id; in place of an item a reason why there is none."""
+    row = {simplify(name): cell for name, cell in row.items()}
+    if "language" in reader.columns and row["language"] != lang:
+        yield "in the other language"
+        return
+    for item in reader.items(row, lang):
+        if isinstance(item, dict):
+            source = f"{reader.name}/{item.get('subset', file.stem)}"
+            item = {"source": source, "id": f"{file.stem}:{line}"} | item
+        yield item
 
 
 def describe(file: Path, note: str, lines: list[int]) -> str:
@@ -693,29 +810,60 @@ def describe(file: Path, note: str, lines: list[int]) -> str:
     return f"{file}: {len(lines)} {note} (row{'s' * (len(rows) > 1)} {shown})"
 
 
-def read_with_labels(file: Path) -> list[tuple[int, dict]]:
+def read_with_labels(file: Path) -> Iterator[tuple[int, dict]]:
     """Read rows; SocialIQA has their answers in a second file beside it, one a line."""
-    rows = list(read_rows(file))
     labels = file.with_name(f"{file.stem}-labels.lst")
     if not labels.exists():
-        return rows
+        yield from read_rows(file)
+        return
+    rows = list(read_rows(file))
     answers = labels.read_text(encoding="utf-8", errors="replace").split()
     if len(answers) != len(rows):
         raise ValueError(f"{labels}: {len(answers)} answers for {len(rows)} rows of {file.name}")
-    return [(line, row | {"label": label}) for (line, row), label in zip(rows, answers)]
+    for (line, row), label in zip(rows, answers):
+        yield line, row | {"label": label}
 
 
-def read_files(path: str | Path, name: str | None = None, lang: str = "en") -> Reading:
-    """Read a file, or a folder with all below it.
+def find_files(path: Path) -> list[Path]:
+    """List a file, or the files below a folder that can hold rows; ValueError: there are none."""
+    files = [path]
+    if path.is_dir():
+        files = [f for f in walk(path, set()) if f.suffix.lower() in ENDINGS + OTHER_FORMATS]
+    if not files:
+        raise ValueError(f"{path}: no problems found; expected .jsonl, .json or .csv in it")
+    return files
+
+
+def walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """List the files below a folder, also behind links, but none twice and no hidden ones.
+
+    `seen` collects the real paths of what was reached.
+    """
+    for path in sorted(folder.iterdir()):
+        real = os.path.realpath(path)
+        if path.name.startswith(".") or path.name == "__MACOSX" or real in seen:
+            continue
+        seen.add(real)
+        if path.is_dir():
+            yield from walk(path, seen)
+        else:
+            yield path
+
+
+def read_files(
+    path: Path, name: str | None = None, lang: str = "en", known: set[str] | None = None
+) -> Reading:
+    """Read a file or a folder, without the files in `known`, to which all that are read are added.
 
     In a folder, files without problems and SocialIQA's training split are left out with a note.
     """
     if lang not in COLUMNS:
         raise ValueError(f"unknown language {lang!r}: expected 'en' or 'zh'")
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in ENDINGS)
+    known = set() if known is None else known  # real paths
+    files = [file for file in find_files(path) if os.path.realpath(file) not in known]
+    known.update(map(os.path.realpath, files))
+    if not files:
+        return [], [f"{path}: was read before, and counts once"]
     problems, notes = [], []
     for file in files:
         try:
@@ -737,14 +885,14 @@ def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") 
     The benchmark is recognised from the columns. Our JSONL has story, question, options (a list)
     and answer (a letter), and may have ability, source, id and variant. ValueError names the line.
     """
-    return read_files(path, name, lang)[0]
+    return read_files(Path(path), name, lang)[0]
 
 
 def read_all(paths: list[Path], lang: str) -> list[Problem]:
     """Read several files and folders; say what was read, repaired and left out."""
-    problems = []
+    problems, known = [], set()
     for path in paths:
-        of_path, notes = read_files(path, lang=lang)
+        of_path, notes = read_files(path, lang=lang, known=known)
         names = sorted({problem.source.partition("/")[0] for problem in of_path})
         tqdm.write("\n  ".join([f"{path}: {len(of_path)} problems ({', '.join(names)})", *notes]))
         problems += of_path
@@ -964,9 +1112,10 @@ def main() -> None:
         result = run(command)
         results = {command.model.name or str(command.model): result}
         tables = [table_rows(results, with_intervals=list(results))]
-    print(*map(aligned, tables), sep="\n\n")
     if command.report:
         write_text(command.report, report_page(results, tables))
+    print(*map(aligned, tables), sep="\n\n")
+    if command.report:
         print(f"the page: {command.report}")
 
 

@@ -117,8 +117,16 @@ from tqdm import tqdm
 
 from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate
 from eval import normalise, read_all, spread_problems, table
-from model import CARRIED, REORDER_LIMIT, SAMPLING_BUDGET, ChunkedLogProbs, Completion, Diverged
-from model import ModelConfig, Tokenizer, Transformer, check_device, completion_logprobs, generate
+from model import REORDER_LIMIT, SAMPLING_BUDGET, TOKENIZER_FILES, ChunkedLogProbs, Completion
+from model import (
+    Diverged,
+    ModelConfig,
+    Tokenizer,
+    Transformer,
+    check_device,
+    completion_logprobs,
+    generate,
+)
 from model import load_model, logits_in_tokens, logprobs_and_entropy, new_folder, open_weights, pad
 from model import prefill_tokens, read_config, read_json, weight_files, write_model
 from rewards import ContentModel, RewardConfig, curriculum, load_content_model
@@ -328,17 +336,15 @@ class Stopwatch:
 
 
 def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """Return the `count` problems of a step: a walk through a fresh permutation in every epoch.
+    """Return the `count` problems of a step: the next ones of a permutation, fresh in every epoch.
 
-    It depends on seed and step only, so a resumed run meets the same problems.
+    An epoch has whole batches only, so no problem comes twice in a step. The choice depends on seed
+    and step only, so a resumed run meets the same problems.
     """
-    chosen = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, place = divmod(i, len(problems))
-        philox = np.random.Philox(key=[seed, epoch])
-        order = np.random.Generator(philox).permutation(len(problems))
-        chosen.append(problems[order[place]])
-    return chosen
+    epoch, batch = divmod(step, len(problems) // count)
+    philox = np.random.Philox(key=[seed, epoch])
+    order = np.random.Generator(philox).permutation(len(problems))
+    return [problems[i] for i in order[batch * count : (batch + 1) * count]]
 
 
 Grid = list[list]  # P lists of G each: something for every completion
@@ -366,7 +372,8 @@ def log_line(step: int, groups: Grid, rewards: Grid, facts: dict) -> dict:
     """
     completions = [completion for group in groups for completion in group]
     parts = [reward.parts | {"reward": reward.total} for group in rewards for reward in group]
-    totals = torch.tensor([[reward.total for reward in group] for group in rewards])  # (P, G)
+    totals = [[reward.total for reward in group] for group in rewards]
+    totals = torch.tensor(totals, dtype=torch.float64)  # (P, G)
     known = [term for term, value in parts[0].items() if value is not None]
     sums = {term: sum(part[term] for part in parts) for term in known}
     sums["length"] = sum(len(completion.tokens) for completion in completions)
@@ -395,12 +402,12 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     """Go through the rollout in minibatches of whole groups, with one optimizer step each.
 
     An update whose loss or gradient is not finite is skipped and counted. Returns metrics of the
-    whole pass: loss and gradient norm are means over the completions of the updates that were made,
-    the others over all tokens.
+    whole pass: loss and gradient norm are means over the updates that were made, each weighted by
+    what its loss is divided by, and the others are means over all tokens.
     """
     model, optimizer = policies.model, policies.optimizer
     sums = dict.fromkeys(("kl", "clip_fraction", "entropy", "tokens"), 0.0)
-    losses, norms, sizes, drifts = [], [], [], []
+    losses, norms, weights, drifts = [], [], [], []
     for minibatch in minibatches(rollout, config.minibatches):
         batch_sums, drift = accumulate(policies, minibatch, config)
         norm = float(full_tensor(clip_grad_norm_(model.parameters(), config.max_grad_norm)))
@@ -408,7 +415,7 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
             optimizer.step()
             losses.append(batch_sums["loss"])
             norms.append(norm)
-            sizes.append(batch_sums["completions"])
+            weights.append(batch_sums["normalizer"])
             for name in sums:
                 sums[name] += batch_sums[name]
         optimizer.zero_grad(set_to_none=True)
@@ -418,8 +425,8 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     if policies.reference is None:
         means["kl"] = None
     return {
-        "loss": float(np.average(losses, weights=sizes)) if losses else None,
-        "grad_norm": float(np.average(norms, weights=sizes)) if losses else None,
+        "loss": float(np.average(losses, weights=weights)) if losses else None,
+        "grad_norm": float(np.average(norms, weights=weights)) if losses else None,
         "skipped": config.minibatches - len(losses),
         **means,
         # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
@@ -439,7 +446,7 @@ def accumulate(
     counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
     objective = dict(clip_eps=config.clip_eps, beta=config.beta)
     reducing = dict(reduction=config.reduction, max_length=config.max_new_tokens)
-    normalizer = loss_normalizer(**counts, **reducing)
+    normalizer = max(loss_normalizer(**counts, **reducing), 1)
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
     for batch in equally_many(micro_batches(minibatch, config.token_budget)):
@@ -471,7 +478,7 @@ def accumulate(
         sums["entropy"] += float(entropies.sum())
         if metrics["tokens"]:
             drift = max(drift, float((logprobs.detach() - old_logprobs).abs().max()))
-    return summed(sums) | {"completions": counts["completions"]}, maximum(drift)
+    return summed(sums) | {"normalizer": normalizer}, maximum(drift)
 
 
 def minibatches(rollout: list[Group], number: int) -> Iterator[list[Group]]:
@@ -519,7 +526,7 @@ def train(run: Run, resume: bool = False) -> None:
     weights that are not finite.
     """
     config = run.config
-    training, identity, checkpoint = prepare(run, resume)
+    training, state, checkpoint = prepare(run, resume)
     first = read_json(checkpoint / "state.json")["step"] if checkpoint else 0
     announce(run, training, first)
     if not checkpoint:
@@ -541,22 +548,30 @@ def train(run: Run, resume: bool = False) -> None:
                 raise Diverged(f"step {step}: updates not finite in {skips} steps in a row")
             stopping = maximum(interrupt.asked)
             # While updates are being skipped the weights may be ruined: the last good ones stay.
-            if not skips and (finished % config.save_every == 0 or last or stopping):
-                checkpoint = save_checkpoint(run, training.policies, finished, identity)
+            if not skips:
+                remove_older(run, checkpoint)  # this step went well, so the newest one is sound
+                if finished % config.save_every == 0 or last or stopping:
+                    checkpoint = save_checkpoint(run, training.policies, finished, state)
             if stopping:
                 break
     if finished == config.steps:
         evaluate_held_out(training, run, "after")
-    report(run, finished, checkpoint)
+        remove_older(run, checkpoint)
+    report(run, finished, checkpoint or run.model)
 
 
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
-    """Load everything; also return what identifies the run, and the checkpoint to go on from."""
+    """Load everything; also return what checkpoints hold besides tensors, and the one to go on from.
+
+    That is what identifies the run, and the moment of its first start, for its chats to be dated.
+    """
     config, model_config = run.config, read_config(run.model)
     problems, held_out = load_problems(run)
     identity = identify(run, problems, held_out)
     checkpoint = find_checkpoint(run, resume, identity)
     tokenizer = Tokenizer(run.model)
+    saved = read_json(checkpoint / "state.json") if checkpoint else {}
+    tokenizer.moment = saved.get("moment", maximum(tokenizer.moment))
     prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
     check_lengths(model_config, problems, prompts, config.max_new_tokens)
     if len(problems) < config.prompts:
@@ -569,7 +584,10 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     maximum(0)  # every process has looked for checkpoints before the first one writes
     run.out.mkdir(parents=True, exist_ok=True)
     training = Training(problems, held_out, tokenizer, content_model, policies)
-    return training, identity, checkpoint
+    return training, {"identity": identity, "moment": tokenizer.moment}, checkpoint
+
+
+GENERATED = 4000  # stories to train on, however many steps are made
 
 
 def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
@@ -579,10 +597,14 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     generated stories.
     """
     config = run.config
+    problems = generate_problems(GENERATED, config.seed)
     if run.data:
         problems = read_all(run.data, run.lang)
-    else:
-        problems = generate_problems(min(config.steps * config.prompts, 20_000), config.seed)
+        distinct = {(p.story, p.question, p.options): p for p in problems}
+        if len(distinct) < len(problems):
+            # In one step they would have equal completions, because random numbers depend on prompts.
+            tqdm.write(f"{len(problems) - len(distinct)} problems repeat others and are left out")
+        problems = list(distinct.values())
     for name in sorted(DO_NOT_TRAIN.keys() & {p.source.partition("/")[0] for p in problems}):
         tqdm.write(f"WARNING: {DO_NOT_TRAIN[name]}. Scores on it mean nothing after this run.")
     if run.eval_data:
@@ -653,27 +675,31 @@ def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop after the current step.
+    """Turns Ctrl-C, SIGTERM or SIGHUP into a request to stop after the current step.
 
-    A second one stops at once. SIGTERM is what batch systems send, SIGHUP what a closed terminal
-    sends.
+    A second Ctrl-C stops at once. SIGTERM is what batch systems send, SIGHUP what a closed terminal
+    sends, often twice; under nohup it stays ignored.
     """
 
     def __enter__(self) -> Interrupt:
         self.asked = False
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self.previous = {number: signal.signal(number, self.ask) for number in signals}
+        heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self.ask) for number in heeded}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def ask(self, *_) -> None:
-        if self.asked:
+    def ask(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        tqdm.write("stopping after this step, with a checkpoint (Ctrl-C again: at once, without)")
+        try:
+            tqdm.write("stopping after this step, with a checkpoint (Ctrl-C: at once, without)")
+        except OSError:  # the terminal is gone
+            sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def announce(run: Run, training: Training, first: int) -> None:
@@ -718,7 +744,7 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def report(run: Run, finished: int, checkpoint: Path | None) -> None:
+def report(run: Run, finished: int, checkpoint: Path) -> None:
     """Print at the end what came out, where everything is, and what to do next."""
     if finished < run.config.steps:
         print(f"\nstopped after step {finished} of {run.config.steps}: {checkpoint}")
@@ -814,11 +840,16 @@ def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem
     identity = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
     for name in RESUMABLE:
         del identity[name]
-    identity["training problems"] = hashlib.sha256(repr(problems).encode()).hexdigest()[:16]
-    identity["held-out problems"] = hashlib.sha256(repr(held_out).encode()).hexdigest()[:16]
+    for kind, asked in ({"training": problems} | held_out).items():
+        sources = list(dict.fromkeys(problem.source for problem in asked))
+        identity[f"{kind} files"] = sources
+        for source in sources:
+            texts = repr([problem for problem in asked if problem.source == source])
+            digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
+            identity[f"{kind} problems of {source}"] = digest
     for kind, folder in (("model", run.model), ("content model", run.content or Path("none"))):
-        carried = [folder / name for name in ("config.json", *CARRIED)]
-        for file in filter(Path.is_file, (*weight_files(folder), *carried)):
+        others = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
+        for file in filter(Path.is_file, (*weight_files(folder), *others)):
             with open(file, "rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
             identity[f"{kind}/{file.name}"] = digest
@@ -850,7 +881,11 @@ def checkpoints(out: Path) -> list[Path]:
     """List the checkpoints in a run's folder, oldest first, and no folders with other names."""
     folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
     folders = [path for path in folders if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(folders, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_checkpoint(out: Path) -> tuple[Path, dict]:
@@ -865,8 +900,8 @@ def newest_checkpoint(out: Path) -> tuple[Path, dict]:
     raise ValueError(f"{out} holds no checkpoint that can be read: choose another --out")
 
 
-def save_checkpoint(run: Run, policies: Policies, step: int, identity: dict) -> Path:
-    """Write OUT/checkpoint-STEP, and remove older ones beyond `keep`; every process must call this.
+def save_checkpoint(run: Run, policies: Policies, step: int, state: dict) -> Path:
+    """Write OUT/checkpoint-STEP, with `state` in state.json; every process must call this.
 
     Diverged: weights that are not finite. OSError: the disk is full, say; the checkpoint before
     stays.
@@ -885,14 +920,29 @@ def save_checkpoint(run: Run, policies: Policies, step: int, identity: dict) -> 
         with new_folder(target) as folder:
             write_model(policies.model, folder, weights)
             save_file(states, folder / "optimizer.safetensors")
-            write_json(folder / "state.json", {"step": step, "identity": identity})
+            write_json(folder / "state.json", {"step": step} | state)
     except (OSError, SafetensorError) as error:
         remedy = "the checkpoints before it are whole: make room, then --resume"
         raise OSError(f"{target} could not be saved: {error}; {remedy}") from None
-    for path in checkpoints(run.out)[: -run.config.keep]:
-        if path != target:
-            shutil.rmtree(path)
     return target
+
+
+def remove_older(run: Run, newest: Path | None) -> None:
+    """Remove checkpoints before `newest`, beyond `keep`; those after it are torn, and do not count."""
+    if newest and rank() == 0:
+        saved = [path for path in checkpoints(run.out) if step_of(path) <= step_of(newest)]
+        for path in saved[: -run.config.keep]:
+            shutil.rmtree(path)
+
+
+def last_sound(run: Run) -> Path:
+    """Return the newest checkpoint from which a step was made without skipping an update.
+
+    An update can ruin the weights and be finite itself: what it led to may be saved already.
+    """
+    log = read_log(run.out / "metrics.jsonl")
+    made = max((line["step"] for line in log if not line.get("skipped")), default=-1)
+    return [run.model, *(path for path in checkpoints(run.out) if step_of(path) <= made)][-1]
 
 
 def load_optimizer(path: Path, policies: Policies) -> None:
@@ -1204,8 +1254,8 @@ def main() -> None:
     try:
         train(run, args.resume)
     except Diverged as error:
-        good = [run.model, *checkpoints(run.out)][-1]
-        remedy = f"start anew from {good} (--model), with a lower --lr or --max-grad-norm"
+        remedy = f"begin a new run with --model {last_sound(run)}, another --out, a lower --lr or"
+        remedy += " --max-grad-norm, and all other settings as they are printed above"
         raise Diverged(f"{error}; {remedy}") from None
     if dist.is_initialized():
         dist.destroy_process_group()

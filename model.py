@@ -1084,10 +1084,11 @@ def refuse_other_folders(path: Path) -> None:
         raise ValueError(f"{target} is no checkpoint folder: saving there would delete it")
 
 
-# Copied unchanged from the folder that a model was loaded from.
-CARRIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
-CARRIED += ("merges.txt", "tokenizer.model", "added_tokens.json", "generation_config.json")
-CARRIED += ("chat_template.jinja", "chat_template.json")
+# What the tokenizer reads; and all that is copied from the folder that a model was loaded from.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("generation_config.json", "chat_template.jinja")
+CARRIED = (*TOKENIZER_FILES, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
+CARRIED += ("chat_template.json",)
 
 
 def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -1114,10 +1115,16 @@ ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, chat template and stop tokens."""
+    """A checkpoint's tokenizer, chat template and stop tokens.
+
+    `moment`, in seconds since 1970, is when its chats take place: some templates tell the model the
+    date. Whoever goes on with something sets it to the moment of the beginning, so that midnight
+    changes no prompt.
+    """
 
     def __init__(self, path: str | Path):
         folder = Path(path)
+        self.moment = time.time()
         file = folder / "tokenizer.json"
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
@@ -1208,9 +1215,15 @@ class Tokenizer:
         )
         environment = ImmutableSandboxedEnvironment(**options)
         environment.filters["tojson"] = to_json
-        environment.globals |= dict(tools=None, documents=None, strftime_now=time.strftime)
+        environment.globals |= dict(tools=None, documents=None, strftime_now=self.strftime)
         environment.globals["raise_exception"] = raise_exception
+        # The same chat is the same prompt always: nothing random, no text of nonsense.
+        del environment.filters["random"], environment.globals["lipsum"]
         return environment.from_string(self.template)
+
+    def strftime(self, format: str) -> str:
+        """Write the moment, in UTC, since a run may go on in another time zone."""
+        return time.strftime(format, time.gmtime(self.moment))
 
 
 def to_json(value: object, ensure_ascii: bool = False, **options) -> str:

@@ -31,6 +31,7 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -742,7 +743,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_on_error(main: Callable[[], None]) -> None:
-    """Call a command's main; a bad file, flag or value is one line on stderr and exit code 2."""
+    """Call a command's main; a bad file, flag or value is one line on stderr and exit code 2.
+
+    What batch systems (SIGTERM) and closed terminals (SIGHUP) send ends it like Ctrl-C. Characters
+    that the terminal cannot show are replaced, for they must not end hours of work.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it is ignored
+            signal.signal(number, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError) as error:

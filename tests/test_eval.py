@@ -1,7 +1,13 @@
 """Readers on rows written for these tests in the formats of the original files, and the measures by hand."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +22,9 @@ from eval import (
     interval,
     measure,
     read_benchmark,
+    read_all,
     read_files,
+    split_sentences,
     read_result,
     report_page,
     spread_problems,
@@ -61,9 +69,9 @@ def tombench_row(**changes):
         "STORY": " Li put a ball in the box. ",
         "QUESTION": "Where is the ball? ",
         "OPTION-A": "A. Box",
-        "OPTION-B": "Bag",
-        "OPTION-C": "Jar",
-        "OPTION-D": "Table",
+        "OPTION-B": "B.Bag",
+        "OPTION-C": "C: Jar",
+        "OPTION-D": "(D) Table",
         "答案\nANSWER": "A",
     }
     return json.dumps(row | changes, ensure_ascii=False)
@@ -91,7 +99,7 @@ def test_tombench_in_both_languages(tmp_path):
     path = write(tmp_path, "False Belief Task.jsonl", "\n".join(rows))
     names, problems, notes = read(path)
     assert names == {"tombench"} and sorted(notes) == [
-        f"{path}: 1 left out: its English question belongs to another story (row 4)",
+        f"{path}: 1 left out: its two languages have different numbers of options (row 4)",
         f"{path}: 1 repaired: more than a letter as answer (row 3)",
         f"{path}: 2 repaired: a letter before an option's text (rows 1, 3)",
         f"{path}: 2 repaired: blanks around a text (rows 1, 3)",
@@ -123,7 +131,7 @@ def test_our_jsonl_and_folders(tmp_path):
     row = {
         "story": "s",
         "question": "q",
-        "options": ["a b", "B. c"],
+        "options": ["A. a b", "B. c"],
         "answer": "b",
         "ability": "desire",
         "source": "x",
@@ -131,7 +139,11 @@ def test_our_jsonl_and_folders(tmp_path):
         "variant": "hard",
     }
     write(tmp_path, "one.jsonl", b"\xef\xbb\xbf" + json.dumps(row).encode())
-    write(tmp_path, "below/two.jsonl", json.dumps(row | {"answer": "a b"}) + "\n")
+    write(
+        tmp_path,
+        "below/two.jsonl",
+        json.dumps(row | {"answer": "a b", "options": ["a b", "B. c"]}) + "\n",
+    )
     write(tmp_path, "notes.txt", "no benchmark")
     write(tmp_path, "settings.json", '{"a": 1}')
     names, problems, notes = read(tmp_path)
@@ -144,7 +156,7 @@ def test_our_jsonl_and_folders(tmp_path):
 
 
 def test_tombench_hard_csv(tmp_path):
-    text = '\ufeffStory,QUESTION,Option_A,option-b,OPTION C,"Option\nD",Answer,Category\n"s\nt",q,A. a,b,nan,,"b",Belief\n'
+    text = '\ufeffStory,QUESTION,Option_A,option-b,OPTION C,"Option\nD",Answer,Category\n"s\nt",q,A. a,B) b,nan,,"b",Belief\n'
     (problem,) = read_benchmark(write(tmp_path, "hard.csv", text))
     assert (problem.story, problem.options, problem.answer, problem.ability) == (
         "s\nt",
@@ -440,6 +452,150 @@ def test_options_are_shuffled_by_the_item_and_not_by_its_place(tmp_path):
 
 
 GOOD = '{"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}\n'
+
+
+def golds(tmp_path, *rows):
+    """Read rows (options, answer) of our JSONL -> letters and options."""
+    given = [
+        dict(story=f"s{i}", question="q", options=options.split("|"), answer=answer)
+        for i, (options, answer) in enumerate(rows)
+    ]
+    problems = read_benchmark(write(tmp_path, "x.jsonl", lines(*given)))
+    return "".join(p.answer for p in problems), [p.options for p in problems]
+
+
+@pytest.mark.parametrize(
+    "rows, letters",
+    [
+        ((("1|2|3|4", 0), ("1|2|3|4", 2)), "AC"),  # a 0 is no text: places from 0
+        ((("2|3", "1"), ("2|3", "2")), "AB"),  # a 1 is no text, two options: places from 1
+        ((("a|b|c", 1), ("a|b|c", 3)), "AC"),
+        ((("a|b|c", "1.0"), ("a|b|c", "0.0")), "BA"),  # as pandas writes whole numbers
+        ((("10|20|30", "20"), ("10|20|30", "10")), "BA"),
+        ((("a|b|c", "b"), ("b|a|c", "c")), "BC"),  # letters in order, and letters only
+        ((("x|y", "B. y"), ("x|y", "(a)"), ("x|y", "b.")), "BAB"),
+        ((("x|A. Smith", "A. Smith"), ("y|z", "z")), "BB"),
+        ((("nan|mum|dad", "nan"), ("mum|nan", "nan")), "AB"),  # a word
+    ],
+)
+def test_what_answers_are_is_decided_for_the_whole_file(tmp_path, rows, letters):
+    assert golds(tmp_path, *rows)[0] == letters
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        # from 0 or from 1: neither a 0 nor a 3 says so
+        (
+            (("a|b|c", 1), ("a|b|c", 2)),
+            "x.jsonl:1: answers may be a place, counted from 1, or a place, counted from 0, which "
+            "differ in rows 1, 2; write them as letters",
+        ),
+        # the letter B, or the text "B" of option A
+        (
+            (("A|B|C", "C"), ("B|A|C", "B")),
+            "x.jsonl:2: answers may be one letter or the text of exactly one option which differ",
+        ),
+        ((("sad|glad|sad", "glad"), ("sad|glad|sad", "sad")), "x.jsonl:2: answer 'sad' has no"),
+        (
+            (("x|y", "B"), ("x|y", "A"), ("x|y", "y")),
+            "x.jsonl:3: answer 'y' has no option: expected one letter of AB",
+        ),
+        ((("x|y", 0), ("x|y", 2)), "x.jsonl:"),  # three places for two options
+    ],
+)
+def test_answers_that_stay_unclear_are_errors(tmp_path, rows, message):
+    with pytest.raises(ValueError) as error:
+        golds(tmp_path, *rows)
+    assert message in str(error.value)
+
+
+def test_options_lose_their_letters_all_or_none(tmp_path):
+    rows = (("A. Smith|Jones", "A"), ("A. x|(B) y|C) z", "A"), ("A. A. Smith|B. B. Jones", "B"))
+    assert golds(tmp_path, *rows)[1] == [
+        ("A. Smith", "Jones"),
+        ("x", "y", "z"),
+        ("A. Smith", "B. Jones"),
+    ]
+
+
+def test_a_bilingual_table_with_gaps(tmp_path):
+    header = "故事,问题,选项A,选项B,STORY,QUESTION,OPTION-A,OPTION-B,答案\n"
+    rows = [
+        "一,问,甲,乙,one,q,x,y,A",
+        ",,,,two,q,x,y,B",
+        "三,问,甲,乙,,,,,B",
+        "四,问,,,four,q,x,y,A",
+    ]
+    # ToMBench-Hard's CSV has four options
+    header = header.replace("选项B", "选项B,选项C,选项D").replace(
+        "OPTION-B", "OPTION-B,OPTION-C,OPTION-D"
+    )
+    rows = [r.replace("甲,乙", "甲,乙,丙,丁").replace("x,y", "x,y,nan,w") for r in rows]
+    rows[1], rows[2] = ",," + rows[1], rows[2].replace(",,,,,", ",,,,,,,")
+    rows[3] = rows[3].replace("问,,", "问,,,,")
+    path = write(tmp_path, "hard.csv", header + "\n".join(rows) + "\n")
+    problems, notes = read_files(path)
+    assert [p.story for p in problems] == ["one", "two", "four"]
+    assert problems[0].options == ("x", "y", "nan", "w")
+    assert notes == [f"{path}: 1 left out: has no text in 'en' (row 4)"]
+    with pytest.raises(ValueError, match="hard.csv:5: a problem needs 2 to 26 options, got 0"):
+        read_files(path, lang="zh")
+    write(tmp_path, "hard.csv", header + "\n".join(rows[:3]) + "\n")
+    problems, notes = read_files(path, lang="zh")
+    assert [p.story for p in problems] == ["一", "三"]
+    assert notes == [f"{path}: 1 left out: has no text in 'zh' (row 3)"]
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("Ann met Mr. Hale. Will he go?", ["Ann met Mr. Hale.", "Will he go?"]),
+        ("It ends. What will Mr. Hale do?", ["It ends.", "What will Mr. Hale do?"]),
+        ("J. R. Smith left. Why?", ["J. R. Smith left.", "Why?"]),
+        ("He met Dr. Wu, e.g. at St. Ann's. Why?", ["He met Dr. Wu, e.g. at St. Ann's.", "Why?"]),
+        ("One! Two?  Three.", ["One!", "Two?", "Three."]),
+        ("At 7 a.m. What now?", ["At 7 a.m. What now?"]),  # unclear: nothing is cut
+        ("", [""]),
+    ],
+)
+def test_where_sentences_end(text, sentences):
+    assert split_sentences(text) == sentences
+
+
+def test_folders_as_people_have_them(tmp_path):
+    row = lines(dict(story="s", question="q", options=["a", "b"], answer="A"))
+    data, other = tmp_path / "data", tmp_path / "other"
+    for name in (".git/x.jsonl", ".ipynb_checkpoints/x.jsonl", "__MACOSX/x.jsonl", "._one.jsonl"):
+        write(data, name, "no JSON")
+    write(data, "one.jsonl", row)
+    write(data, "list.json", '["a"]')
+    write(data, "broken.json", "{")
+    write(data, "old.jsonl.gz", b"\x1f\x8b")
+    write(data, "table.parquet", b"PAR1")
+    write(other, "two.jsonl", row)
+    (data / "linked").symlink_to(other)
+    (data / "again.jsonl").symlink_to(data / "one.jsonl")
+    (other / "loop").symlink_to(data)
+    (data / "nowhere.jsonl").symlink_to(tmp_path / "nothing")
+    problems, notes = read_files(data)
+    assert sorted(p.source for p in problems) == ["problems/again", "problems/two"]
+    left_out = {note.partition(": left out: ")[0].rpartition("/")[2]: note for note in notes}
+    names = {"list.json", "broken.json", "old.jsonl.gz", "table.parquet", "nowhere.jsonl"}
+    assert set(left_out) == names
+    assert left_out["broken.json"].endswith(
+        f"broken.json: left out: {data}/broken.json:1: not JSON, at column 2: Expecting property "
+        "name enclosed in double quotes"
+    )
+    assert left_out["table.parquet"].endswith("make .jsonl, .json or .csv of it")
+    # reached twice: by two arguments
+    assert len(read_all([other / "two.jsonl", data, data, data / "one.jsonl"], "en")) == 2
+    # a benchmark's file that breaks off is an error, in a folder too
+    write(data, "one.jsonl", row + "{")
+    with pytest.raises(ValueError, match="again.jsonl:2: not JSON"):
+        read_files(data)
+    with pytest.raises(ValueError, match="old.jsonl.gz: this format is not read"):
+        read_files(data / "old.jsonl.gz")
 
 
 @pytest.mark.parametrize(
@@ -874,6 +1030,33 @@ def test_an_interrupted_evaluation_goes_on(tiny, tmp_path, monkeypatch):
         journal.write_text(f"{first}{line}\n")
         with pytest.raises(ValueError, match="not an evaluation's journal"):
             evaluate(*tiny, problems, **settings, journal=journal)
+
+
+def test_an_evaluation_that_goes_on_another_day_asks_the_same_questions(tiny, tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%j') }} " + tiny[1].template)
+    tokenizers, journal = [Tokenizer(folder) for _ in range(2)], tmp_path / "out.json.part"
+    tokenizers[0].moment, tokenizers[1].moment = 0.0, 86400.0  # days 001 and 002
+    problems = generate_problems(4, 0, "test")
+    first = evaluate(tiny[0], tokenizers[0], problems, max_new_tokens=40, journal=journal)
+    size = journal.stat().st_size
+    again = evaluate(tiny[0], tokenizers[1], problems, max_new_tokens=40, journal=journal)
+    assert again == first and journal.stat().st_size == size
+    assert tokenizers[1].render([]).startswith("001")
+
+
+def test_files_are_written_although_the_terminal_cannot_show_them(tmp_path):
+    story = {"story": "s", "question": "q", "options": ["a", "b"], "answer": "A", "ability": "愿望"}
+    write(tmp_path, "数据.jsonl", lines(story))
+    names = [tmp_path / name for name in ("数据.jsonl", "out.json", "out.html")]
+    flags = ("--data", names[0], "--json", names[1], "--report", names[2], "--max-new-tokens", "9")
+    run = subprocess.run(
+        [sys.executable, str(Path(eval.__file__)), *map(str, flags)],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert b"?" in run.stdout and names[1].exists() and names[2].exists()
 
 
 def test_a_result_carries_the_settings_of_its_rewards(tiny, tmp_path):

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -70,9 +72,28 @@ def test_problems_are_walked_through_in_a_fresh_order_each_epoch():
     ]
     assert [sorted(epoch) for epoch in epochs] == [problems, problems] and epochs[0] != epochs[1]
     assert problems_of_step(problems, 3, 5, seed=1) == problems_of_step(problems, 3, 5, seed=1)
-    assert (
-        len(problems_of_step(problems, 0, 25, seed=1)) == 25
-    )  # more than there are: they come again
+    # 10 problems are three whole batches of 3; the next epoch leaves out another problem
+    for seed in range(20):
+        steps = [problems_of_step(problems, step, 3, seed) for step in range(6)]
+        assert [len(set(sum(epoch, []))) for epoch in (steps[:3], steps[3:])] == [9, 9]
+    left_out = {sum(problems) - sum(sum(steps[i : i + 3], [])) for i in (0, 3)}
+    assert len(left_out) == 2
+
+
+def test_generated_problems_do_not_depend_on_the_steps():
+    short, long = (
+        load_problems(Run(GRPOConfig(steps=steps, eval_problems=0)))[0] for steps in (1, 600)
+    )
+    assert short == long and len(set(short)) == len(short)
+
+
+def test_a_problem_that_is_given_twice_counts_once(tmp_path, capsys):
+    row = {"story": "s", "question": "q", "options": ["a", "b"], "answer": "A"}
+    rows = [row, row | {"story": "t"}, row | {"id": "again"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems, _ = load_problems(Run(GRPOConfig(eval_problems=0), data=[tmp_path / "x.jsonl"]))
+    assert [p.story for p in problems] == ["s", "t"]
+    assert "1 problems repeat others and are left out" in capsys.readouterr().out
 
 
 def test_files_give_up_whole_stories_for_evaluation(tmp_path, capsys):
@@ -236,6 +257,72 @@ def test_a_signal_leaves_a_checkpoint_and_the_resumed_run_is_the_unbroken_one(
     assert logs[0] == logs[1]
     whole, broken = (weights(tmp_path / name / "checkpoint-000008") for name in ("whole", "broken"))
     assert all(torch.equal(a, b) for a, b in zip(whole, broken))
+
+
+def test_only_a_second_ctrl_c_stops_at_once(monkeypatch):
+    """A terminal that is closed sends SIGHUP, its shell too; and there is no place to write to."""
+
+    def gone(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    before = signal.getsignal(signal.SIGHUP)
+    with grpo.Interrupt() as interrupt:
+        monkeypatch.setattr(sys, "stdout", sys.stdout)
+        monkeypatch.setattr(sys, "stderr", sys.stderr)
+        monkeypatch.setattr(grpo.tqdm, "write", gone)
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert interrupt.asked and sys.stdout.name == os.devnull
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        with grpo.Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_goes_on_another_day_asks_the_same_questions(tmp_path, untrained, monkeypatch):
+    """The template writes the date, as Llama's does."""
+    model = shutil.copytree(untrained, tmp_path / "model")
+    template = Tokenizer(model).template
+    (model / "chat_template.jinja").write_text('{{ strftime_now("%d %b %Y") }} ' + template)
+    changes = dict(steps=3, save_every=1, eval_problems=2)
+    clock, prompts, real = [1764115200 - 60], [], grpo.generate
+    monkeypatch.setattr(time, "time", lambda: clock[0])  # 23:59 UTC on 25 November 2025
+
+    def recorded(model, asked, **settings):
+        prompts.append(asked)
+        return real(model, asked, **settings)
+
+    monkeypatch.setattr(grpo, "generate", recorded)
+    train(run_in(tmp_path / "whole", model, **changes))
+    whole = list(prompts)
+    assert Tokenizer(model).decode(whole[0][0]).startswith("25 Nov 2025")
+
+    step = grpo.train_step
+
+    def interrupted(*arguments):
+        clock[0] += 3600
+        if arguments[-1] == 1:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    prompts.clear()
+    monkeypatch.setattr(grpo, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_in(tmp_path / "broken", model, **changes))
+    monkeypatch.setattr(grpo, "train_step", step)
+    train(run_in(tmp_path / "broken", model, **changes), resume=True)
+    assert prompts == whole
+    results = [
+        json.loads((tmp_path / name / "after.json").read_text())["test after"]["responses"]
+        for name in ("whole", "broken")
+    ]
+    assert results[0] == results[1]
+    assert Tokenizer(model).render([]).startswith("26 Nov 2025")
 
 
 def test_settings_that_would_train_something_else_are_refused():

@@ -527,6 +527,16 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
     assert Tokenizer(tmp_path).render(messages) == "Hé 漢?"
 
 
+def test_a_template_draws_no_random_numbers(tmp_path):
+    messages = [{"role": "user", "content": "x"}]
+    for template in ("{{ [1, 2, 3] | random }}", "{{ lipsum() }}"):
+        with pytest.raises(ValueError, match="chat template failed"):
+            Tokenizer(tokenizer_folder(tmp_path, template)).render(messages)
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path, '{{ strftime_now("%d %b %Y %H:%M") }}'))
+    tokenizer.moment = 951_782_399  # by `date -u -d @951782399`
+    assert tokenizer.render(messages) == "28 Feb 2000 23:59"
+
+
 def test_a_completion_is_read_with_its_special_tokens_and_the_tag_that_its_prompt_opens(tmp_path):
     tokenizer = Tokenizer(tokenizer_folder(tmp_path))
     opened, plain = (tokenizer.chat([{"role": "user", "content": "?"}], on) for on in (True, False))

@@ -433,7 +433,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, command):
     flags = ("--steps", "3", "--lr", "1e38", "--warmup-steps", "0", "--prompts", "2")
     flags += ("--group-size", "4", "--max-new-tokens", "24", "--eval-problems", "0")
     code, _, err = command(grpo.main, *flags, "--save-every", "1", "--out", tmp_path / "b")
-    assert code == 2 and "not finite" in err and f"start anew from {TINY} (--model)" in err
+    assert (
+        code == 2 and "not finite" in err and f"begin a new run with --model {TINY}, another" in err
+    )
 
 
 def test_changed_files_are_noticed_on_resume(tmp_path, command):
@@ -465,12 +467,16 @@ def test_changed_files_are_noticed_on_resume(tmp_path, command):
     code, _, err = command(grpo.main, *flags)
     assert code == 2 and "holds a run already" in err
     assert command(grpo.main, *flags, "--resume")[0] == 0
+    # the same rows elsewhere are the same data
+    data = data.rename((tmp_path / "moved").mkdir() or tmp_path / "moved" / data.name)
+    flags = ("--data", data, *flags[2:])
+    assert command(grpo.main, *flags, "--resume")[0] == 0
     data.write_text(data.read_text().replace('"A"', '"B"', 1))
     code, _, err = command(grpo.main, *flags, "--resume")
     assert (
         code == 2
         and "cannot resume" in err
-        and "training problems was " in err
+        and "not the same run: training problems of problems/data was " in err
         and err.count("\n") == 1
     )
 
@@ -578,6 +584,49 @@ def test_an_update_that_is_not_finite_is_skipped_and_some_in_a_row_stop_the_run(
     assert [path.name for path in checkpoints(tmp_path / "three")] == ["checkpoint-000001"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_an_update_that_ruins_the_weights_ruins_no_checkpoint_from_before(
+    tmp_path, command, monkeypatch, keep
+):
+    """Step 2 makes the weights huge, but finite; they are saved, and no step can be made from them."""
+    step = grpo.train_step
+
+    def ruin(training, run, number):
+        metrics = step(training, run, number)
+        if number == 2:
+            with torch.no_grad():
+                for p in training.policies.model.parameters():
+                    p *= 1e20
+        return metrics
+
+    monkeypatch.setattr(grpo, "train_step", ruin)
+    flags = (
+        "--steps 9 --prompts 2 --group-size 4 --max-new-tokens 40 --eval-problems 0 --save-every 1"
+    )
+    flags = (*flags.split(), "--keep", keep)
+    code, _, err = command(grpo.main, *flags, "--out", tmp_path / "run")
+    assert code == 2 and f"begin a new run with --model {tmp_path}/run/checkpoint-000002," in err
+    saved = [path.name for path in checkpoints(tmp_path / "run")]
+    assert saved == ["checkpoint-000001", "checkpoint-000002", "checkpoint-000003"][-keep - 1 :]
+    # the advice works
+    monkeypatch.setattr(grpo, "train_step", step)
+    flags += ("--min-length", "16", "--lr", "1e-4", "--steps", "1", "--out", tmp_path / "new")
+    assert command(grpo.main, "--model", tmp_path / "run" / "checkpoint-000002", *flags)[0] == 0
+
+
+def test_what_no_loader_reads_may_change_while_a_run_is_interrupted(tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    run = replace(run_in(tmp_path / "run", steps=1), model=model)
+    train(run)
+    (model / "merges.txt").write_text("read by other tools")
+    (model / ".git").mkdir()
+    (model / "NOTES.txt").write_text("mine")
+    train(replace(run, config=replace(run.config, keep=5)), resume=True)
+    (model / "chat_template.jinja").write_text("{{ messages[1].content }}")
+    with pytest.raises(ValueError, match="not the same run: model/chat_template.jinja was"):
+        train(run, resume=True)
+
+
 def test_settings_reach_the_update(tmp_path):
     """Warm-up, clipping of ratios and of gradients, no reference at beta 0, activation checkpointing."""
     policies = grpo.load_policies(run_in(tmp_path, beta=0.0, recompute=True), None)
@@ -633,6 +682,35 @@ def test_metrics_are_means_over_all_minibatches_and_micro_batches():
     assert [result["loss"] for result in results] == pytest.approx(
         [results[0]["loss"]] * 3, abs=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "reduction, mean",
+    [
+        ("grpo", -(2 * 2 + 2 * 6 + 2 * 1) / 6),  # three groups of two: -2, -6 in one, -1 alone
+        ("dapo", -(30 * 4 + 5 * 1) / 35),  # by tokens
+    ],
+)
+def test_the_logged_loss_is_weighted_by_what_each_loss_was_divided_by(monkeypatch, reduction, mean):
+    """Two updates with losses -4, of 4 completions with 30 tokens, and -1, of 2 with 5."""
+    given = [
+        dict(loss=-4.0, kl=0.0, clip_fraction=0.0, entropy=0.0, tokens=30.0),
+        dict(loss=-1.0, kl=0.0, clip_fraction=0.0, entropy=0.0, tokens=5.0),
+    ]
+    lengths = [[[7, 8], [7, 8]], [[2, 3]]]
+    model = random_model(num_hidden_layers=1)
+    rollout = [
+        Group([1, 2], [Completion([3] * n, [-8.0] * n, True) for n in pair], [1.0, -1.0])
+        for pair in (lengths[0][0], lengths[1][0], lengths[0][1])
+    ]
+    monkeypatch.setattr(grpo, "micro_batches", lambda *_: iter(()))
+    monkeypatch.setattr(grpo, "equally_many", lambda batches: iter(()))
+    monkeypatch.setattr(
+        grpo, "summed", lambda values, *_: given.pop(0) if "loss" in values else values
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = GRPOConfig(minibatches=2, reduction=reduction)
+    assert update(Policies(model, None, optimizer), rollout, config)["loss"] == pytest.approx(mean)
 
 
 def test_other_processes_may_have_more_micro_batches(monkeypatch):
