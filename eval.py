@@ -71,7 +71,14 @@ from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
 from rewards import WORD, load_content_model, option_mentions, order_fraction, total_reward, words
 from socialr1 import ASSETS, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
-from socialr1 import build_messages, exit_on_error, generate_problems, parse_response, read_rows
+from socialr1 import (
+    build_messages,
+    even_out,
+    exit_on_error,
+    generate_problems,
+    parse_response,
+    read_rows,
+)
 from socialr1 import setting, stage_spans, write_json, write_text
 
 
@@ -93,7 +100,8 @@ def evaluate(
 
     `content` scores the stages of each response, `label` names a progress bar. Answers are appended
     to the file `journal` as they come; called again after an interruption, evaluate asks only for
-    those that are missing, at the moment when it was called first. ValueError: no problems, a problem too long for the model's context.
+    those that are missing, at the moment when it was called first. ValueError: no problems, a
+    problem too long for the model's context.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
@@ -440,7 +448,6 @@ def cell(key: str, value: float | None, bounds: Sequence[float] | None = None) -
 TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
-ENDINGS = (".jsonl", ".json", ".csv")
 OTHER_FORMATS = (
     ".tsv",
     ".xlsx",
@@ -453,6 +460,7 @@ OTHER_FORMATS = (
     ".zip",
     ".tar",
 )
+WITH_ROWS = (".jsonl", ".json", ".csv", *OTHER_FORMATS)
 
 
 def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
@@ -486,9 +494,7 @@ def motivebench(row: dict, lang: str) -> Iterator[dict | str]:
 
 
 # Titles and the like; and single letters, as in initials, "U.S.", "e.g." and "a.m."
-ABBREVIATIONS = "Mr Mrs Ms Mx Dr Prof Rev Hon Capt Lt Sgt Col Gen Gov Sen Rep St Mt Sr Jr No vs etc"
-ABBREVIATIONS += " approx Inc Ltd Co [A-Za-z]"
-ABBREVIATED = re.compile(rf"(?<![^\s.(])(?:{ABBREVIATIONS.replace(' ', '|')})\.$")
+ABBREVIATED = re.compile(rf"(?<![^\s.(])(?:[A-Za-z]|{'|'.join(TEXTS['abbreviations'])})\.$")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -549,21 +555,21 @@ def by_columns(row: dict, lang: str) -> Iterator[dict | str]:
     """Read a row that has a column for each text, under one of the names in COLUMNS."""
     options = read_options(row, lang)
     item = {text: first_cell(row, COLUMNS[lang][text]) for text in ("story", "question", "answer")}
-    if "故事" in row and not present(item["story"]):
+    if "故事" in row and not given(item["story"]):
         yield f"has no text in {lang!r}"
         return
-    if lang == "en" and present(row.get("故事")):
+    if lang == "en" and given(row.get("故事")):
         # In one row of ToMBench the English question and options belong to another story.
         if len(read_options(row, "zh")) not in (0, len(options)):
             yield "its two languages have different numbers of options"
             return
-    ability = present(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
+    ability = given(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
     # "Belief: Second-order beliefs" is belief
     yield item | dict(options=options, ability=ability.strip().lower())
 
 
 def our_own(row: dict, lang: str) -> Iterator[dict | str]:
-    extra = {name: present(row.get(name)) for name in ("source", "id", "variant")}
+    extra = {name: given(row.get(name)) for name in ("source", "id", "variant")}
     for item in by_columns(row, lang):
         yield item | {name: text for name, text in extra.items() if text}
 
@@ -624,7 +630,7 @@ def clean(cell: object) -> str:
     return "" if cell is None or cell != cell else str(cell).strip()
 
 
-def present(cell: object) -> str:
+def given(cell: object) -> str:
     """Return a cell as stripped text, if it is not missing: in a CSV "nan" and "NaN" are, too."""
     text = clean(cell)
     return "" if text in ("nan", "NaN") else text
@@ -645,7 +651,7 @@ def read_options(row: dict, lang: str) -> list:
     for pattern in COLUMNS[lang]["option"]:
         if not cells and pattern.format("a") in row:
             cells = [row.get(pattern.format(letter.lower())) for letter in LETTERS]
-            filled = present  # a last option "nan" is missing; between others it is a word
+            filled = given  # a last option "nan" is missing; between others it is a word
     cells = list(cells) if isinstance(cells, (list, tuple)) else []
     while cells and not filled(cells[-1]):
         cells.pop()
@@ -666,9 +672,10 @@ def tidy(item: dict) -> tuple[dict, list[str]]:
     if not 2 <= len(raw) - 2 <= len(LETTERS):
         raise ValueError(f"a problem needs 2 to 26 options, got {len(raw) - 2}")
     story, question, *texts = map(clean, raw)
+    answer = clean(item["answer"])
     if "" in texts:
         raise ValueError(f"option {LETTERS[texts.index('')]} is empty")
-    if not present(story) or not present(question):
+    if not given(story) or not given(question):
         raise ValueError("the story or the question is empty")
     "".join((story, question, *texts)).encode()  # half of a surrogate pair is no text
     bare = [without_letter(text, letter) for letter, text in zip(LETTERS, texts)]
@@ -677,9 +684,10 @@ def tidy(item: dict) -> tuple[dict, list[str]]:
         "a line that is no part of the story": item.get("cut"),
         "blanks around a text": any(isinstance(x, str) and x != x.strip() for x in raw),
         "a letter before an option's text": lettered,
+        "more than a letter as answer": bool(re.match(r"\(?[A-Z][.)]", answer)),
     }
-    item = item | dict(story=story, question=question, answer=clean(item["answer"]))
-    item["options"] = dict(zip(LETTERS, bare if lettered else texts))
+    options = dict(zip(LETTERS, bare if lettered else texts))
+    item = item | dict(story=story, question=question, options=options, answer=answer)
     return item, [f"repaired: {what}" for what, done in repairs.items() if done]
 
 
@@ -689,7 +697,7 @@ def possible_golds(answer: str, options: dict[str, str]) -> dict[str, str]:
     A letter may have marks around it, or its option's text behind it.
     """
     golds = {}
-    bare = answer.strip("()[]. ").upper()
+    bare = even_out(answer).strip("()[]. ").upper()
     for letter, text in options.items():
         if letter == bare or answer != without_letter(answer, letter) == text:
             golds["one letter"] = letter
@@ -703,7 +711,7 @@ def possible_golds(answer: str, options: dict[str, str]) -> dict[str, str]:
     return golds
 
 
-def decide_golds(items: list[tuple[int, dict]], benchmark: str) -> list[str]:
+def decide_golds(file: Path, items: list[tuple[int, dict]], benchmark: str) -> list[str]:
     """Return the right letter of each item; which kind its answer is, the whole file decides.
 
     The kind must fit all answers. If both do, SocialIQA counts places from 1. ValueError names the
@@ -716,14 +724,14 @@ def decide_golds(items: list[tuple[int, dict]], benchmark: str) -> list[str]:
         usual = max(fitting, key=fitting.get, default="one letter")
         line, item = next(place for place, found in zip(items, golds) if usual not in found)
         expected = f"expected {usual} of {''.join(item['options'])}"
-        raise ValueError(f"{line}: answer {item['answer']!r} has no option: {expected}")
+        raise ValueError(f"{file}:{line}: answer {item['answer']!r} has no option: {expected}")
     if benchmark == "socialiqa":
         kinds = [kind for kind in kinds if "from 1" in kind] or kinds
     unclear = [line for (line, _), found in zip(items, golds) if len({found[k] for k in kinds}) > 1]
     if unclear:
         rows = ", ".join(map(str, unclear[:5])) + ", ..." * (len(unclear) > 5)
         meant = f"answers may be {' or '.join(kinds)} which differ in rows {rows}"
-        raise ValueError(f"{unclear[0]}: {meant}; write them as letters")
+        raise ValueError(f"{file}:{unclear[0]}: {meant}; write them as letters")
     return [found[kinds[0]] for found in golds]
 
 
@@ -747,7 +755,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
     NoProblems: it holds none, or cannot be read. ValueError: a row of a benchmark that is broken.
     """
     if file.suffix.lower() in OTHER_FORMATS:
-        raise NoProblems(f"this format is not read; make .jsonl, .json or .csv of it")
+        raise NoProblems("this format is not read; make .jsonl, .json or .csv of it")
     rows = read_with_labels(file)
     try:
         first = next(rows)
@@ -774,16 +782,8 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
             raise ValueError(f"{file}:{line}: {error}") from None
         except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}:{line}: not a row of {reader.name}: {error!r}") from None
-    try:
-        golds = decide_golds(items, reader.name)
-    except ValueError as error:
-        raise ValueError(f"{file}:{error}") from None
-    problems = []
-    for (line, item), gold in zip(items, golds):
-        problems.append(make_problem(item, gold, reader))
-        as_expected = (gold, gold.lower(), item["options"][gold])
-        if item["answer"] not in as_expected and not item["answer"].isdecimal():
-            notes["repaired: more than a letter as answer"].append(line)
+    golds = decide_golds(file, items, reader.name)
+    problems = [make_problem(item, gold, reader) for (_, item), gold in zip(items, golds)]
     notes = [describe(file, note, notes[note]) for note in notes]
     if lang != "en" and not {"language", "故事"} & set(map(simplify, first[1])):
         notes.append(f"{file}: in one language only, so --lang {lang} changes nothing")
@@ -791,7 +791,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
 
 
 def read_items(reader: Reader, file: Path, line: int, row: dict, lang: str) -> Iterator[dict | str]:
-    """Read the items of a row, with source and id; in place of an item a reason why there is none."""
+    """Read a row's items, with source and id, or in place of an item why there is none."""
     row = {simplify(name): cell for name, cell in row.items()}
     if "language" in reader.columns and row["language"] != lang:
         yield "in the other language"
@@ -824,30 +824,19 @@ def read_with_labels(file: Path) -> Iterator[tuple[int, dict]]:
         yield line, row | {"label": label}
 
 
-def find_files(path: Path) -> list[Path]:
-    """List a file, or the files below a folder that can hold rows; ValueError: there are none."""
-    files = [path]
-    if path.is_dir():
-        files = [f for f in walk(path, set()) if f.suffix.lower() in ENDINGS + OTHER_FORMATS]
-    if not files:
-        raise ValueError(f"{path}: no problems found; expected .jsonl, .json or .csv in it")
-    return files
-
-
-def walk(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """List the files below a folder, also behind links, but none twice and no hidden ones.
+def find_files(path: Path, seen: set[str]) -> Iterator[Path]:
+    """List a file, or those below a folder, also behind links, but none twice and no hidden ones.
 
     `seen` collects the real paths of what was reached.
     """
-    for path in sorted(folder.iterdir()):
-        real = os.path.realpath(path)
-        if path.name.startswith(".") or path.name == "__MACOSX" or real in seen:
-            continue
-        seen.add(real)
-        if path.is_dir():
-            yield from walk(path, seen)
-        else:
-            yield path
+    seen.add(os.path.realpath(path))
+    if not path.is_dir():
+        yield path
+        return
+    for below in sorted(path.iterdir()):
+        hidden = below.name.startswith(".") or below.name == "__MACOSX"
+        if not hidden and os.path.realpath(below) not in seen:
+            yield from find_files(below, seen)
 
 
 def read_files(
@@ -860,11 +849,12 @@ def read_files(
     if lang not in COLUMNS:
         raise ValueError(f"unknown language {lang!r}: expected 'en' or 'zh'")
     known = set() if known is None else known  # real paths
-    files = [file for file in find_files(path) if os.path.realpath(file) not in known]
+    found = [f for f in find_files(path, set()) if f == path or f.suffix.lower() in WITH_ROWS]
+    files = [file for file in found if os.path.realpath(file) not in known]
     known.update(map(os.path.realpath, files))
-    if not files:
-        return [], [f"{path}: was read before, and counts once"]
     problems, notes = [], []
+    if files != found:
+        notes.append(f"{path}: {len(found) - len(files)} files were read before, and count once")
     for file in files:
         try:
             of_file, of_notes = read_file(file, name, lang, in_folder=file != path)
@@ -874,7 +864,7 @@ def read_files(
             of_file, of_notes = [], [f"{file}: left out: {reason}"]
         problems += of_file
         notes += of_notes
-    if not problems:
+    if not problems and files == found:
         raise ValueError(f"{path}: no problems in {lang!r} found; expected .jsonl, .json or .csv")
     return problems, notes
 

@@ -561,9 +561,9 @@ def train(run: Run, resume: bool = False) -> None:
 
 
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
-    """Load everything; also return what checkpoints hold besides tensors, and the one to go on from.
+    """Load everything; also return the rest of what checkpoints hold, and the one to go on from.
 
-    That is what identifies the run, and the moment of its first start, for its chats to be dated.
+    The rest is what identifies the run, and when it began: some chat templates write the date.
     """
     config, model_config = run.config, read_config(run.model)
     problems, held_out = load_problems(run)
@@ -602,7 +602,7 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
         problems = read_all(run.data, run.lang)
         distinct = {(p.story, p.question, p.options): p for p in problems}
         if len(distinct) < len(problems):
-            # In one step they would have equal completions, because random numbers depend on prompts.
+            # In one step their completions would be equal: random numbers depend on the prompt.
             tqdm.write(f"{len(problems) - len(distinct)} problems repeat others and are left out")
         problems = list(distinct.values())
     for name in sorted(DO_NOT_TRAIN.keys() & {p.source.partition("/")[0] for p in problems}):
@@ -928,7 +928,7 @@ def save_checkpoint(run: Run, policies: Policies, step: int, state: dict) -> Pat
 
 
 def remove_older(run: Run, newest: Path | None) -> None:
-    """Remove checkpoints before `newest`, beyond `keep`; those after it are torn, and do not count."""
+    """Remove all but `keep` checkpoints up to `newest`; the ones after it are torn, and stay."""
     if newest and rank() == 0:
         saved = [path for path in checkpoints(run.out) if step_of(path) <= step_of(newest)]
         for path in saved[: -run.config.keep]:

@@ -338,7 +338,7 @@ def letter_mentions(text: str, problem: Problem) -> list[tuple[int, int]]:
     """Find capital letters that name an option of this problem, "Option A is wrong" included.
 
     A letter names an option after "option", "choice" or "answer", in parentheses, or at the start
-    of a line before "." or ")". Small letters do not, since they number lists.
+    of a line before "." or ")". Lower-case letters do not, since they number lists.
     """
     matches = NAMED.finditer(text)
     return [match.span() for match in matches if match[match.lastindex] in problem.letters]
@@ -387,6 +387,9 @@ class ContentModel:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
+        tokenizer.moment = (
+            0.0  # a chat template may write the date, but no score depends on the day
+        )
         self.centre = model.config.raw.get("content_centre") or dict.fromkeys(STAGES, 0.0)
 
     def rewards(self, problems: list[Problem], groups: list[list[Response]]) -> list[list[float]]:
