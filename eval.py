@@ -71,15 +71,8 @@ from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
 from rewards import WORD, load_content_model, option_mentions, order_fraction, total_reward, words
 from socialr1 import ASSETS, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
-from socialr1 import (
-    build_messages,
-    even_out,
-    exit_on_error,
-    generate_problems,
-    parse_response,
-    read_rows,
-)
-from socialr1 import setting, stage_spans, write_json, write_text
+from socialr1 import build_messages, even_out, exit_on_error, generate_problems, parse_response
+from socialr1 import read_instructions, read_rows, setting, stage_spans, write_json, write_text
 
 
 # ------------------------------------------------------------------------------ answering problems
@@ -448,19 +441,8 @@ def cell(key: str, value: float | None, bounds: Sequence[float] | None = None) -
 TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
-OTHER_FORMATS = (
-    ".tsv",
-    ".xlsx",
-    ".parquet",
-    ".arrow",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".zip",
-    ".tar",
-)
-WITH_ROWS = (".jsonl", ".json", ".csv", *OTHER_FORMATS)
+COMPANIONS = " .md .rst .txt .lst .py .sh .ipynb .html .pdf .png .jpg .svg .yml .yaml .toml .cfg"
+COMPANIONS = tuple(COMPANIONS.split(" "))  # files that nobody takes for data
 
 
 def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
@@ -494,7 +476,8 @@ def motivebench(row: dict, lang: str) -> Iterator[dict | str]:
 
 
 # Titles and the like; and single letters, as in initials, "U.S.", "e.g." and "a.m."
-ABBREVIATED = re.compile(rf"(?<![^\s.(])(?:[A-Za-z]|{'|'.join(TEXTS['abbreviations'])})\.$")
+TITLES = "|".join(TEXTS["abbreviations"])
+ABBREVIATED = re.compile(rf"(?i)(?:(?<!\w)(?:{TITLES})|(?<![\w'’])[a-z])\.$")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -504,7 +487,9 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences = [""]
     for piece in re.split(r"(?<=[.!?])(?=\s+[^\sa-z])", text):
-        if ABBREVIATED.search(sentences[-1]) or not sentences[-1]:
+        last = sentences[-1]
+        quoting = last.count('"') % 2 or last.count("“") > last.count("”")
+        if not last or quoting or ABBREVIATED.search(last):
             sentences[-1] += piece
         else:
             sentences.append(piece.lstrip())
@@ -555,21 +540,20 @@ def by_columns(row: dict, lang: str) -> Iterator[dict | str]:
     """Read a row that has a column for each text, under one of the names in COLUMNS."""
     options = read_options(row, lang)
     item = {text: first_cell(row, COLUMNS[lang][text]) for text in ("story", "question", "answer")}
-    if "故事" in row and not given(item["story"]):
-        yield f"has no text in {lang!r}"
+    complete = options and given(item["story"]) and given(item["question"])
+    if "故事" in row and not complete:
+        yield f"has no question in {lang!r}"
         return
-    if lang == "en" and given(row.get("故事")):
-        # In one row of ToMBench the English question and options belong to another story.
-        if len(read_options(row, "zh")) not in (0, len(options)):
-            yield "its two languages have different numbers of options"
-            return
+    if lang == "en" and given(row.get("故事")) and len(read_options(row, "zh")) == 2 < len(options):
+        yield "its English question may belong to another story: the Chinese one is yes or no"
+        return
     ability = given(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
     # "Belief: Second-order beliefs" is belief
     yield item | dict(options=options, ability=ability.strip().lower())
 
 
 def our_own(row: dict, lang: str) -> Iterator[dict | str]:
-    extra = {name: given(row.get(name)) for name in ("source", "id", "variant")}
+    extra = {name: given(row.get(name)) for name in ("source", "id", "variant", "trace")}
     for item in by_columns(row, lang):
         yield item | {name: text for name, text in extra.items() if text}
 
@@ -651,7 +635,8 @@ def read_options(row: dict, lang: str) -> list:
     for pattern in COLUMNS[lang]["option"]:
         if not cells and pattern.format("a") in row:
             cells = [row.get(pattern.format(letter.lower())) for letter in LETTERS]
-            filled = given  # a last option "nan" is missing; between others it is a word
+            # A last option "nan" is missing in a CSV; elsewhere it is a word.
+            filled = given if row["csv"] else clean
     cells = list(cells) if isinstance(cells, (list, tuple)) else []
     while cells and not filled(cells[-1]):
         cells.pop()
@@ -659,8 +644,10 @@ def read_options(row: dict, lang: str) -> list:
 
 
 def without_letter(text: str, letter: str) -> str:
-    """Drop an option's letter, with its marks, before its text."""
-    return re.sub(rf"(?i)^[(（\[]?{letter}\s*[.:：．、)）\]]\s*(?=\S)", "", text)
+    """Drop an option's letter, with its marks, before its text; "A.M." has none."""
+    lettered = rf"(?i)[(\[]?{letter} *[.:、)\]](?: +(?=\S)|(?=\S)(?!\w\.))"
+    found = re.match(lettered, even_out(text))
+    return text[found.end() :] if found else text
 
 
 def tidy(item: dict) -> tuple[dict, list[str]]:
@@ -678,6 +665,8 @@ def tidy(item: dict) -> tuple[dict, list[str]]:
     if not given(story) or not given(question):
         raise ValueError("the story or the question is empty")
     "".join((story, question, *texts)).encode()  # half of a surrogate pair is no text
+    if texts.count(answer) > 1:
+        raise ValueError(f"answer {answer!r} is the text of {texts.count(answer)} options")
     bare = [without_letter(text, letter) for letter, text in zip(LETTERS, texts)]
     lettered = all(text != full for text, full in zip(bare, texts))  # "A. Smith" alone is a name
     repairs = {
@@ -701,7 +690,7 @@ def possible_golds(answer: str, options: dict[str, str]) -> dict[str, str]:
     for letter, text in options.items():
         if letter == bare or answer != without_letter(answer, letter) == text:
             golds["one letter"] = letter
-    same = [letter for letter, text in options.items() if text == answer]
+    same = [o for o, text in options.items() if text in (answer, without_letter(answer, o))]
     if len(same) == 1:
         golds["the text of exactly one option"] = same[0]
     number = re.fullmatch(r"(\d{1,2})(\.0)?", answer)
@@ -740,7 +729,7 @@ def make_problem(item: dict, gold: str, reader: Reader) -> Problem:
     options, order = item["options"], list(item["options"])
     if reader.shuffled:
         order = random.Random(f"{reader.name} {item['id']}").sample(order, len(order))
-    names = ("story", "question", "ability", "source", "id", "variant", "joint")
+    names = ("story", "question", "ability", "source", "id", "variant", "joint", "trace")
     given = {name: item.get(name, "") for name in names}
     texts = [options[letter] for letter in order]
     return Problem(**given, options=texts, answer=LETTERS[order.index(gold)])
@@ -754,7 +743,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
 
     NoProblems: it holds none, or cannot be read. ValueError: a row of a benchmark that is broken.
     """
-    if file.suffix.lower() in OTHER_FORMATS:
+    if in_folder and file.suffix.lower() not in (".jsonl", ".json", ".csv"):
         raise NoProblems("this format is not read; make .jsonl, .json or .csv of it")
     rows = read_with_labels(file)
     try:
@@ -785,7 +774,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
     golds = decide_golds(file, items, reader.name)
     problems = [make_problem(item, gold, reader) for (_, item), gold in zip(items, golds)]
     notes = [describe(file, note, notes[note]) for note in notes]
-    if lang != "en" and not {"language", "故事"} & set(map(simplify, first[1])):
+    if lang != "en" and "language" not in reader.columns and "故事" not in first[1]:
         notes.append(f"{file}: in one language only, so --lang {lang} changes nothing")
     return problems, notes
 
@@ -793,6 +782,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
 def read_items(reader: Reader, file: Path, line: int, row: dict, lang: str) -> Iterator[dict | str]:
     """Read a row's items, with source and id, or in place of an item why there is none."""
     row = {simplify(name): cell for name, cell in row.items()}
+    row["csv"] = file.suffix.lower() == ".csv"
     if "language" in reader.columns and row["language"] != lang:
         yield "in the other language"
         return
@@ -824,19 +814,19 @@ def read_with_labels(file: Path) -> Iterator[tuple[int, dict]]:
         yield line, row | {"label": label}
 
 
-def find_files(path: Path, seen: set[str]) -> Iterator[Path]:
-    """List a file, or those below a folder, also behind links, but none twice and no hidden ones.
+def find_files(path: Path, known: set[str]) -> Iterator[Path]:
+    """List a file, or the files below a folder, also behind links, but no hidden ones.
 
-    `seen` collects the real paths of what was reached.
+    `known` collects the real paths of the folders, so that a loop of links has an end.
     """
-    seen.add(os.path.realpath(path))
+    real = os.path.realpath(path)
     if not path.is_dir():
         yield path
-        return
-    for below in sorted(path.iterdir()):
-        hidden = below.name.startswith(".") or below.name == "__MACOSX"
-        if not hidden and os.path.realpath(below) not in seen:
-            yield from find_files(below, seen)
+    elif real not in known:
+        known.add(real)
+        for below in sorted(path.iterdir()):
+            if not below.name.startswith(".") and below.name != "__MACOSX":
+                yield from find_files(below, known)
 
 
 def read_files(
@@ -849,13 +839,14 @@ def read_files(
     if lang not in COLUMNS:
         raise ValueError(f"unknown language {lang!r}: expected 'en' or 'zh'")
     known = set() if known is None else known  # real paths
-    found = [f for f in find_files(path, set()) if f == path or f.suffix.lower() in WITH_ROWS]
-    files = [file for file in found if os.path.realpath(file) not in known]
-    known.update(map(os.path.realpath, files))
+    found = [f for f in find_files(path, set()) if f == path or f.suffix.lower() not in COMPANIONS]
     problems, notes = [], []
-    if files != found:
-        notes.append(f"{path}: {len(found) - len(files)} files were read before, and count once")
-    for file in files:
+    for file in sorted(found, key=Path.is_symlink):  # of two names for a file, its own
+        real = os.path.realpath(file)
+        if real in known:
+            notes.append(f"{file}: left out: it is read already, under this name or another")
+            continue
+        known.add(real)
         try:
             of_file, of_notes = read_file(file, name, lang, in_folder=file != path)
         except NoProblems as reason:
@@ -864,8 +855,9 @@ def read_files(
             of_file, of_notes = [], [f"{file}: left out: {reason}"]
         problems += of_file
         notes += of_notes
-    if not problems and files == found:
-        raise ValueError(f"{path}: no problems in {lang!r} found; expected .jsonl, .json or .csv")
+    if not problems and not any("read already" in note for note in notes):
+        told = "; ".join(["expected .jsonl, .json or .csv", *notes[:3]])
+        raise ValueError(f"{path}: no problems in {lang!r} found; {told}")
     return problems, notes
 
 
@@ -942,7 +934,8 @@ def read_result(path: Path) -> dict:
 
 
 def problem_of(record: dict) -> Problem:
-    return Problem(**{f.name: record[f.name] for f in fields(Problem)} | {"answer": record["gold"]})
+    given = {f.name: record.get(f.name, f.default) for f in fields(Problem)}
+    return Problem(**given | {"answer": record["gold"]})
 
 
 def measure_again(record: dict, reward_config: RewardConfig) -> dict:
@@ -1122,8 +1115,7 @@ def run(command: Command) -> dict:
     default = "bfloat16" if command.device.startswith("cuda") else "float32"
     model = load_model(command.model, command.device, getattr(torch, command.dtype or default))
     content = load_content_model(command.content, command.device) if command.content else None
-    file, target = command.instructions, command.json
-    instructions = file.read_text("utf-8").strip() if file else INSTRUCTIONS
+    instructions, target = read_instructions(command.instructions), command.json
     journal = target.with_name(f"{target.name}.part") if target else None
     settings = {field.name: getattr(command, field.name) for field in fields(EvalConfig)}
     more = dict(content=content, instructions=instructions, journal=journal, label="evaluating")

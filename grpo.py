@@ -96,7 +96,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -132,7 +132,8 @@ from model import prefill_tokens, read_config, read_json, weight_files, write_mo
 from rewards import ContentModel, RewardConfig, curriculum, load_content_model
 from rewards import parse_groups, total_reward
 from socialr1 import TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
-from socialr1 import exit_on_error, generate_problems, setting, write_json, write_text
+from socialr1 import exit_on_error, generate_problems, generate_stories, parse_response
+from socialr1 import read_instructions, setting, write_json, write_text
 
 # -------------------------------------------------------------------------------- the objective
 
@@ -162,7 +163,8 @@ def group_advantages(
 
 def flat_groups(rewards: Tensor, min_spread: float = 1e-3) -> Tensor:
     """Say in which groups the rewards are as good as equal; (P, G) -> bool (P,)."""
-    return rewards.amax(dim=1) - rewards.amin(dim=1) <= min_spread
+    spread = rewards.amax(dim=1) - rewards.amin(dim=1)
+    return spread <= min_spread * 1.0001  # 0.301 - 0.3 is a little above 1e-3
 
 
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -262,6 +264,7 @@ class Training:
     problems: list[Problem]
     held_out: dict[str, list[Problem]]  # sets to evaluate on, by name
     tokenizer: Tokenizer
+    instructions: str  # the system message
     content_model: ContentModel | None  # computes R_content
     policies: Policies
 
@@ -282,7 +285,8 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     # 1. Roll out: the policy answers every problem of the step G times.
     problems = problems_of_step(training.problems, step, config.prompts, config.seed)
     problems = problems[rank() :: world_size()]  # with several processes each takes its part
-    prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
+    chats = [build_messages(problem, training.instructions) for problem in problems]
+    prompts = [tokenizer.chat(messages) for messages in chats]
     groups = generate(
         full_copy(training.policies.model, run),
         prompts,
@@ -309,9 +313,8 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     advantages = group_advantages(totals, scale=config.reduction != "dr_grpo")
 
     # 4. Update: make the better ones more likely and the worse ones less.
-    lr = config.lr * min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    for parameters in training.policies.optimizer.param_groups:
-        parameters["lr"] = lr
+    optimizer = training.policies.optimizer
+    lr = set_learning_rate(optimizer, config.lr, step, rising=config.warmup_steps)
     rollout = list(map(Group, prompts, groups, advantages.tolist()))
     metrics = update(training.policies, rollout, config)
     clock.lap("update")
@@ -319,6 +322,14 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     # 5. Log: rewards and their terms, the update, and where the time went.
     metrics |= {"tau": tau, "lr": lr, "seconds": clock.seconds}
     return log_line(step, groups, rewards, metrics)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, rising: int) -> float:
+    """Let the rate rise to `lr` on a straight line in the first steps; return that of this step."""
+    lr *= min(1.0, (step + 1) / max(rising, 1))
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    return lr
 
 
 class Stopwatch:
@@ -405,23 +416,20 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     whole pass: loss and gradient norm are means over the updates that were made, each weighted by
     what its loss is divided by, and the others are means over all tokens.
     """
-    model, optimizer = policies.model, policies.optimizer
     sums = dict.fromkeys(("kl", "clip_fraction", "entropy", "tokens"), 0.0)
     losses, norms, weights, drifts = [], [], [], []
     for minibatch in minibatches(rollout, config.minibatches):
         batch_sums, drift = accumulate(policies, minibatch, config)
-        norm = float(full_tensor(clip_grad_norm_(model.parameters(), config.max_grad_norm)))
-        if math.isfinite(batch_sums["loss"]) and math.isfinite(norm):
-            optimizer.step()
+        norm = apply_gradients(policies, batch_sums["loss"], config.max_grad_norm)
+        if norm is not None:
             losses.append(batch_sums["loss"])
             norms.append(norm)
             weights.append(batch_sums["normalizer"])
             for name in sums:
                 sums[name] += batch_sums[name]
-        optimizer.zero_grad(set_to_none=True)
         drifts.append(drift)
     tokens = max(sums.pop("tokens"), 1)
-    means = {name: value / tokens for name, value in sums.items()}
+    means = {name: value / tokens if losses else None for name, value in sums.items()}
     if policies.reference is None:
         means["kl"] = None
     return {
@@ -432,6 +440,20 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
         # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
         "logprob_drift": drifts[0],
     }
+
+
+def apply_gradients(policies: Policies, loss: float, max_norm: float) -> float | None:
+    """Update the weights; return the gradient's norm before clipping.
+
+    If the loss or the norm is not finite the update is skipped, and the result is None.
+    """
+    norm = clip_grad_norm_(policies.model.parameters(), max_norm)
+    norm = float(full_tensor(norm))
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        policies.optimizer.step()
+    policies.optimizer.zero_grad(set_to_none=True)
+    return norm if finite else None
 
 
 def accumulate(
@@ -527,22 +549,49 @@ def train(run: Run, resume: bool = False) -> None:
     """
     config = run.config
     training, state, checkpoint = prepare(run, resume)
-    first = read_json(checkpoint / "state.json")["step"] if checkpoint else 0
-    announce(run, training, first)
+    announce(run, training, checkpoint)
     if not checkpoint:
         evaluate_held_out(training, run, "before")
-    steps_left = range(first, config.steps)
-    bar = tqdm(steps_left, "grpo", config.steps, unit="step", initial=first, disable=rank() > 0)
-    finished, skips = first, 0  # skips: steps in a row in which an update was skipped
-    with Interrupt() as interrupt, open_log(run.out, first) as log:
+
+    def take_step(step: int) -> dict:
+        line = train_step(training, run, step)
+        finished = step + 1
+        if config.eval_every and finished % config.eval_every == 0 and finished < config.steps:
+            line |= evaluate_held_out(training, run, "")
+        return line
+
+    loop = dict(steps=config.steps, take_step=take_step, label="grpo")
+    finished, checkpoint = run_steps(run, training.policies, state, checkpoint, **loop)
+    if finished == config.steps:
+        evaluate_held_out(training, run, "after")
+        if step_of(checkpoint) < finished:  # the last update was skipped, but the weights do answer
+            checkpoint = save_checkpoint(run, training.policies, finished, state)
+        remove_older(run, checkpoint)
+    report(run, finished, checkpoint or run.model)
+
+
+def run_steps(
+    run: Run,
+    policies: Policies,
+    state: dict,
+    checkpoint: Path | None,
+    steps: int,
+    take_step: Callable[[int], dict],
+    label: str,
+) -> tuple[int, Path | None]:
+    """Take the steps from a checkpoint on, until the last one or an interrupt; log, and save.
+
+    -> the steps that are finished, and the newest checkpoint
+    """
+    config, finished = run.config, step_of(checkpoint)
+    bar = dict(desc=label, total=steps, initial=finished, unit="step", disable=rank() > 0)
+    bar = tqdm(range(finished, steps), **bar)
+    skips = 0  # steps in a row in which an update was skipped
+    with Interrupt() as interrupt, open_log(run.out, finished) as log:
         for step in bar:
-            line = train_step(training, run, step)
+            line = take_step(step)
             finished = step + 1
-            last = finished == config.steps
-            if config.eval_every and finished % config.eval_every == 0 and not last:
-                line |= evaluate_held_out(training, run, "")
             print(json.dumps(line), file=log, flush=True)
-            show(bar, line)
             skips = skips + 1 if line["skipped"] else 0
             if skips >= config.max_skips:
                 raise Diverged(f"step {step}: updates not finite in {skips} steps in a row")
@@ -550,14 +599,12 @@ def train(run: Run, resume: bool = False) -> None:
             # While updates are being skipped the weights may be ruined: the last good ones stay.
             if not skips:
                 remove_older(run, checkpoint)  # this step went well, so the newest one is sound
-                if finished % config.save_every == 0 or last or stopping:
-                    checkpoint = save_checkpoint(run, training.policies, finished, state)
+                if finished % config.save_every == 0 or finished == steps or stopping:
+                    checkpoint = save_checkpoint(run, policies, finished, state)
+            show(bar, line)  # after saving: the terminal may be gone
             if stopping:
                 break
-    if finished == config.steps:
-        evaluate_held_out(training, run, "after")
-        remove_older(run, checkpoint)
-    report(run, finished, checkpoint or run.model)
+    return finished, checkpoint
 
 
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
@@ -569,10 +616,10 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     problems, held_out = load_problems(run)
     identity = identify(run, problems, held_out)
     checkpoint = find_checkpoint(run, resume, identity)
-    tokenizer = Tokenizer(run.model)
+    tokenizer, instructions = Tokenizer(run.model), read_instructions(run.instructions)
     saved = read_json(checkpoint / "state.json") if checkpoint else {}
     tokenizer.moment = saved.get("moment", maximum(tokenizer.moment))
-    prompts = [tokenizer.chat(build_messages(problem)) for problem in problems]
+    prompts = [tokenizer.chat(build_messages(problem, instructions)) for problem in problems]
     check_lengths(model_config, problems, prompts, config.max_new_tokens)
     if len(problems) < config.prompts:
         raise ValueError(f"{len(problems)} training problems: lower --prompts {config.prompts}")
@@ -580,10 +627,15 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     if content_model:
         for problem in problems:  # a story that is too long says so now, not in mid-run
             content_model.encode(problem.story, problem.question, [])
-    policies = load_policies(run, checkpoint)
     maximum(0)  # every process has looked for checkpoints before the first one writes
     run.out.mkdir(parents=True, exist_ok=True)
-    training = Training(problems, held_out, tokenizer, content_model, policies)
+    if rank() == 0:
+        write_text(run.out / "instructions.txt", instructions)
+    start = run.model
+    if config.warm_up:
+        start = warm_up(run, problems, tokenizer, instructions, resume)
+    policies = load_policies(replace(run, model=start), checkpoint)
+    training = Training(problems, held_out, tokenizer, instructions, content_model, policies)
     return training, {"identity": identity, "moment": tokenizer.moment}, checkpoint
 
 
@@ -661,6 +713,7 @@ def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict
     policy, config = full_copy(training.policies.model, run), run.config
     settings = dict(temperature=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)
     settings |= dict(reward_config=run.reward_config, content=training.content_model)
+    settings |= dict(instructions=training.instructions)
     results, line = {}, {}
     for name, problems in training.held_out.items():
         if problems and rank() == 0:
@@ -672,6 +725,74 @@ def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict
     if when and rank() == 0:
         write_json(run.out / f"{when}.json", results)
     return line
+
+
+# A model that never gets the form right earns nothing: all its groups are flat, so that GRPO has
+# nothing to learn from. It can be shown correct responses first, as other recipes begin, too [O].
+
+TRACES = 8  # in one update of the warm-up
+
+
+def warm_up(
+    run: Run, problems: list[Problem], tokenizer: Tokenizer, instructions: str, resume: bool
+) -> Path:
+    """Teach the policy by imitation; return the folder of the model that GRPO begins from.
+
+    This is a small run of its own in OUT/warm-up, with checkpoints, so that it can be gone on with.
+    It imitates traces of --data, or of generated stories that GRPO does not ask about. ValueError:
+    there are none, or one is no well-formed response with the right letter.
+    """
+    config = replace(run.config, beta=0.0, keep=1)  # no reference yet
+    run = replace(run, config=config, out=run.out / "warm-up")
+    traced = [problem for problem in problems if problem.trace]
+    if not run.data:
+        stories = generate_stories(GENERATED + config.warm_up * TRACES, config.seed)[GENERATED:]
+        traced = [replace(story.problem, trace=story.trace) for story in stories]
+    if len(traced) < TRACES:
+        raise ValueError(f"--warm-up: {len(traced)} rows of --data have a trace; {TRACES} or more")
+    examples = []
+    for problem in traced:
+        response = parse_response(problem.trace, problem)
+        if not response.well_formed or response.answer != problem.answer:
+            raise ValueError(f"problem {problem.id!r}: its trace is no correct response")
+        prompt = tokenizer.chat(build_messages(problem, instructions))
+        ids = tokenizer.completion_ids(prompt, problem.trace)
+        examples.append(Group(prompt, [Completion(ids, [], True)], [0.0]))
+
+    state = {"identity": identify(run, traced, {})}
+    checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
+    policies = load_policies(run, checkpoint)
+    run.out.mkdir(exist_ok=True)
+
+    def take_step(step: int) -> dict:
+        batch = problems_of_step(examples, step, TRACES, config.seed)
+        return imitate(policies, batch[rank() :: world_size()], step, config)
+
+    loop = dict(steps=config.warm_up, take_step=take_step, label="warm-up")
+    finished, checkpoint = run_steps(run, policies, state, checkpoint, **loop)
+    if finished < config.warm_up:
+        raise KeyboardInterrupt
+    return checkpoint
+
+
+def imitate(policies: Policies, examples: list[Group], step: int, config: GRPOConfig) -> dict:
+    """Make one update that raises the log-probabilities of correct responses; return its log line.
+
+    loss = - mean over all tokens of logp
+    """
+    lengths = [len(example.completions[0].tokens) for example in examples]
+    tokens, loss = summed({"tokens": sum(lengths)})["tokens"], 0.0
+    for batch in equally_many(micro_batches(examples, config.token_budget)):
+        prompts = [example.prompt for example in batch]
+        ids = [[example.completions[0].tokens] for example in batch]
+        logprobs, _ = completion_logprobs(policies.model, prompts, ids)  # (b, T), 0 at padding
+        batch_loss = -logprobs.sum() / tokens
+        batch_loss.backward()
+        loss += float(batch_loss.detach())
+    lr = set_learning_rate(policies.optimizer, config.warm_up_lr, step, rising=10)
+    loss = summed({"loss": loss})["loss"]
+    norm = apply_gradients(policies, loss, config.max_grad_norm)
+    return {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(norm is None)}
 
 
 class Interrupt:
@@ -702,17 +823,18 @@ class Interrupt:
             sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
-def announce(run: Run, training: Training, first: int) -> None:
+def announce(run: Run, training: Training, checkpoint: Path | None) -> None:
     """Say at the start what is trained on what."""
     parameters = sum(p.numel() for p in training.policies.model.parameters()) / 1e6
     content = run.content or "off (no --content, no weight, or --without); no other weight changes"
     print(f"{parameters:.2f}M parameters, {len(training.problems)} training problems,")
-    print(f"{run.config.steps - first} steps to go; R_content: {content}")
+    print(f"{run.config.steps - step_of(checkpoint)} steps to go; R_content: {content}")
 
 
 def show(bar: tqdm, line: dict) -> None:
     """Put the numbers to watch beside the progress bar."""
-    names = ("reward", "out", "struct", "content", "entropy", "length")
+    names = ("loss",) if "reward" not in line else ("reward", "fmt", "out", "struct", "content")
+    names += ("entropy", "length")
     bar.set_postfix({name: f"{line[name]:.2f}" for name in names if line.get(name) is not None})
 
 
@@ -760,7 +882,8 @@ def report(run: Run, finished: int, checkpoint: Path) -> None:
         if right:
             print(f"\nright answers in training: {right[0]:.3f} at first, {right[-1]:.3f} at last")
         print(f"log, and every response: {run.out}/metrics.jsonl, before.json, after.json")
-        print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}")
+        told = f" --instructions {run.out}/instructions.txt" if run.instructions else ""
+        print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}{told}")
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -793,6 +916,8 @@ class GRPOConfig(Settings):
     save_every: int = setting(50, "steps between checkpoints", low=1)
     keep: int = setting(2, "checkpoints that are kept", low=1)
     max_skips: int = setting(3, "steps in a row with a skipped update until the run stops", low=1)
+    warm_up: int = setting(0, "updates on correct traces before the first rollout [O]", low=0)
+    warm_up_lr: float = setting(1e-4, "learning rate of the warm-up [O]", low=0)
     seed: int = setting(0, "of problems and rollouts", low=0, high=2**31 - 1)
 
     def __post_init__(self):
@@ -819,6 +944,7 @@ class Run(Settings):
     data: list = setting(None, "training problems; else generated stories", kind=Path, nargs="+")
     eval_data: list = setting(None, "held-out problems; else some of --data", kind=Path, nargs="+")
     lang: str = setting("en", "language of bilingual files", choices=("en", "zh"))
+    instructions: Path = setting(None, "file with another system message", kind=Path)
     content: Path = setting(None, "content model; without --model assets/content", kind=Path)
     out: Path = setting(None, "folder for checkpoints and log (runs/DATE-TIME)", kind=Path)
     device: str = setting("cpu", "with --model: cuda, where there is one")
@@ -835,18 +961,22 @@ class Run(Settings):
 RESUMABLE = ("keep", "save_every", "eval_every", "max_skips")  # they do not change the result
 
 
+def short_digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict:
     """Return what must stay the same while a run is interrupted: settings, and what was read."""
     identity = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
+    identity["instructions"] = read_instructions(run.instructions)
     for name in RESUMABLE:
         del identity[name]
     for kind, asked in ({"training": problems} | held_out).items():
-        sources = list(dict.fromkeys(problem.source for problem in asked))
-        identity[f"{kind} files"] = sources
-        for source in sources:
-            texts = repr([problem for problem in asked if problem.source == source])
-            digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
-            identity[f"{kind} problems of {source}"] = digest
+        sources = [problem.source for problem in asked]
+        identity[f"order of {kind} problems"] = short_digest(sources)
+        for source in dict.fromkeys(sources):
+            of_source = [problem for problem in asked if problem.source == source]
+            identity[f"{kind} problems of {source}"] = short_digest(of_source)
     for kind, folder in (("model", run.model), ("content model", run.content or Path("none"))):
         others = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
         for file in filter(Path.is_file, (*weight_files(folder), *others)):
@@ -884,8 +1014,8 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
 def newest_checkpoint(out: Path) -> tuple[Path, dict]:
@@ -1165,8 +1295,9 @@ def print_plan(run: Run, memory: float) -> None:
     """Print the plan for one process, and whether it fits into so many bytes; reads no weights."""
     config, tokenizer = run.config, Tokenizer(run.model)
     problems, held_out = load_problems(run)
-    prompts = map(build_messages, itertools.chain(problems, *held_out.values()))
-    lengths = [len(tokenizer.chat(messages)) for messages in prompts]
+    instructions = read_instructions(run.instructions)
+    asked = itertools.chain(problems, *held_out.values())
+    lengths = [len(tokenizer.chat(build_messages(problem, instructions))) for problem in asked]
     plan = memory_plan(read_config(run.model), run, max(lengths))
     hosted = {name for name in plan if "(fp32)" in name or name == "reference policy"}
     hosted = hosted if run.offload else set()

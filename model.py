@@ -1188,9 +1188,19 @@ class Tokenizer:
         tokens = list(tokens)
         if tokens and tokens[-1] in self.stop_ids:
             tokens.pop()
-        end_of_prompt = self.backend.decode(list(prompt[-16:]), skip_special_tokens=False)
-        opened = "<think>" if end_of_prompt.rstrip().lower().endswith("<think>") else ""
+        opened = "<think>" if self.opens_think(prompt) else ""
         return opened + self.backend.decode(tokens, skip_special_tokens=False)
+
+    def completion_ids(self, prompt: Ids, text: str) -> list[int]:
+        """Return the tokens that `completion_text` reads as this text, and a stop token."""
+        if self.opens_think(prompt):
+            text = text.removeprefix("<think>").lstrip()
+        eos = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        return self.encode(text) + [eos if eos in self.stop_ids else self.stop_ids[0]]
+
+    def opens_think(self, prompt: Ids) -> bool:
+        rendered = self.backend.decode(list(prompt), skip_special_tokens=False)
+        return rendered.rstrip().lower().endswith("<think>")
 
     def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:
         """Return the ids of a chat that ends with the generation prompt."""

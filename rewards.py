@@ -326,9 +326,9 @@ def words(text: str) -> list[str]:
 
 # "option B", "The answer is: B", "选项B". Bounded repeats keep the search linear.
 OPTION_WORD = r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i: {0,3}(?:is\b|是))?"
-QUOTES = r"[ :*\"'“‘(\[]{0,4}"
+QUOTES = r"[ :*\"'“‘(\[「『《【]{0,4}"
 # "The only answer I can give" names no option: an I must stand before a mark, or end the line.
-LETTER = rf"(?:([A-HJ-Z])(?![^\W{CJK}])|(I)(?= {{0,3}}(?:[^\w\s('’\[]|['’](?!\w)|$)))"
+LETTER = rf"(?:([A-HJ-Z])(?![^\W{CJK}])|(I)(?= {{0,3}}(?:[^\w\s('’‘`´\[]|['’‘`´](?!\w)|$)))"
 IN_PARENTHESES = r"\(([A-Z])\)"
 AT_LINE_START = r"^ {0,8}(?:[-*•] {0,3})?([A-Z])[.)]"
 NAMED = re.compile(f"(?m){OPTION_WORD}{QUOTES}{LETTER}|{IN_PARENTHESES}|{AT_LINE_START}")

@@ -53,8 +53,9 @@ class Problem:
 
     Generated problems come in pairs, a "hard" one and its "control" (`variant`), which have the
     same source and id. Problems of one source with the same `joint` count as one, which is right
-    when all of them are: EmoBench asks for an emotion and for its cause. ValueError where there are
-    too few or too many options, or where the answer is not the letter of one.
+    when all of them are: EmoBench asks for an emotion and for its cause. `trace` is a correct
+    response, where one is known. ValueError where there are too few or too many options, or where
+    the answer is not the letter of one.
     """
 
     story: str
@@ -66,6 +67,7 @@ class Problem:
     id: str = ""
     variant: str = ""
     joint: str = ""
+    trace: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "options", tuple(self.options))
@@ -95,6 +97,14 @@ Goal Clarification: what they want.
 Response Generation: what follows, and which option says so.
 </think>
 <Answer> B </Answer>"""
+
+
+def read_instructions(file: Path | None) -> str:
+    """Read another system message from a file, or return the one above; ValueError: it is empty."""
+    instructions = file.read_text(encoding="utf-8").strip() if file else INSTRUCTIONS
+    if not instructions:
+        raise ValueError(f"--instructions {file}: the file is empty")
+    return instructions
 
 
 def build_messages(problem: Problem, instructions: str = INSTRUCTIONS) -> list[dict[str, str]]:
@@ -184,8 +194,8 @@ def read_answer(block: str, problem: Problem) -> str | None:
 
 # Full-width forms of the ASCII characters, which Chinese and Japanese keyboards type.
 FULL_WIDTH = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)}
-MARKS = " ()[]{}【】*_`.,:;!。、"  # brackets, emphasis and closing marks
-LETTERED = re.compile(rf"([a-z])(?:[{re.escape(MARKS)}]+(.*))?")  # "b", "b. the drawer"
+MARKS = " ()[]{}【】「」『』〔〕《》*_`.,:;!。、"  # brackets, emphasis and closing marks
+LETTERED = re.compile(rf"([a-z])(?:[{re.escape(MARKS)}]+(?:[–—-] )?(.*))?")  # "b", "b. the drawer"
 
 
 def even_out(text: str) -> str:
@@ -202,8 +212,8 @@ def bare(text: str) -> str:
 # "Stage 2 -", bullets, # and * may stand before it, emphasis, a colon or a dash after it [O].
 # Every name is a group of the pattern: group 1 is the first stage.
 NAMES = "|".join(f"({re.escape(name)})" for name in STAGES)
-NUMBERING = r"(?:[ #*>+•·◦▪●–—-]|[\d.:()\[\]]|step|stage)*+"
-HEADING = re.compile(rf"(?aim)^{NUMBERING}(?:{NAMES})\b[ *#]*+[:–—-]*+[ *#]*+")
+NUMBERING = r"(?:[ #*>+•·◦▪●‐‑−–—-]|[\d.:()\[\]]|step|stage)*+"
+HEADING = re.compile(rf"(?aim)^{NUMBERING}(?:{NAMES})\b[ *#]*+[:‐‑−–—-]*+[ *#]*+")
 
 
 def stage_spans(think: str) -> list[tuple[str, int, int]]:
@@ -646,7 +656,8 @@ def parse_json(text: str, file: Path, line: int) -> object:
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that it is complete or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    # A file name may be no UTF-8, and stand in a result: half a character becomes a question mark.
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)
 
 

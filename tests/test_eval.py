@@ -99,7 +99,7 @@ def test_tombench_in_both_languages(tmp_path):
     path = write(tmp_path, "False Belief Task.jsonl", "\n".join(rows))
     names, problems, notes = read(path)
     assert names == {"tombench"} and sorted(notes) == [
-        f"{path}: 1 left out: its two languages have different numbers of options (row 4)",
+        f"{path}: 1 left out: its English question may belong to another story: the Chinese one is yes or no (row 4)",
         f"{path}: 1 repaired: more than a letter as answer (row 3)",
         f"{path}: 2 repaired: a letter before an option's text (rows 1, 3)",
         f"{path}: 2 repaired: blanks around a text (rows 1, 3)",
@@ -476,6 +476,7 @@ def golds(tmp_path, *rows):
         ((("x|y", "B. y"), ("x|y", "(a)"), ("x|y", "b.")), "BAB"),
         ((("x|A. Smith", "A. Smith"), ("y|z", "z")), "BB"),
         ((("nan|mum|dad", "nan"), ("mum|nan", "nan")), "AB"),  # a word
+        ((("A. yes|B. no", "A. yes"), ("box|bag", "bag")), "AB"),  # texts, as they stand
     ],
 )
 def test_what_answers_are_is_decided_for_the_whole_file(tmp_path, rows, letters):
@@ -496,12 +497,16 @@ def test_what_answers_are_is_decided_for_the_whole_file(tmp_path, rows, letters)
             (("A|B|C", "C"), ("B|A|C", "B")),
             "x.jsonl:2: answers may be one letter or the text of exactly one option which differ",
         ),
-        ((("sad|glad|sad", "glad"), ("sad|glad|sad", "sad")), "x.jsonl:2: answer 'sad' has no"),
+        (
+            (("sad|glad|sad", "glad"), ("sad|glad|sad", "sad")),
+            "x.jsonl:2: answer 'sad' is the text of 2",
+        ),
         (
             (("x|y", "B"), ("x|y", "A"), ("x|y", "y")),
             "x.jsonl:3: answer 'y' has no option: expected one letter of AB",
         ),
         ((("x|y", 0), ("x|y", 2)), "x.jsonl:"),  # three places for two options
+        ((("2|2|4", "2"), ("1|3|4", "3")), "x.jsonl:1: answer '2' is the text of 2 options"),
     ],
 )
 def test_answers_that_stay_unclear_are_errors(tmp_path, rows, message):
@@ -511,11 +516,14 @@ def test_answers_that_stay_unclear_are_errors(tmp_path, rows, message):
 
 
 def test_options_lose_their_letters_all_or_none(tmp_path):
-    rows = (("A. Smith|Jones", "A"), ("A. x|(B) y|C) z", "A"), ("A. A. Smith|B. B. Jones", "B"))
-    assert golds(tmp_path, *rows)[1] == [
+    rows = ("A. Smith|Jones", "A. x|(B) y|C) z", "A. A. Smith|B. B. Jones", "Ａ．是|Ｂ．不是")
+    rows += ("A.M. x|B.C. y",)
+    assert golds(tmp_path, *((options, "A") for options in rows))[1] == [
         ("A. Smith", "Jones"),
         ("x", "y", "z"),
         ("A. Smith", "B. Jones"),
+        ("是", "不是"),
+        ("A.M. x", "B.C. y"),
     ]
 
 
@@ -538,13 +546,10 @@ def test_a_bilingual_table_with_gaps(tmp_path):
     problems, notes = read_files(path)
     assert [p.story for p in problems] == ["one", "two", "four"]
     assert problems[0].options == ("x", "y", "nan", "w")
-    assert notes == [f"{path}: 1 left out: has no text in 'en' (row 4)"]
-    with pytest.raises(ValueError, match="hard.csv:5: a problem needs 2 to 26 options, got 0"):
-        read_files(path, lang="zh")
-    write(tmp_path, "hard.csv", header + "\n".join(rows[:3]) + "\n")
+    assert notes == [f"{path}: 1 left out: has no question in 'en' (row 4)"]
     problems, notes = read_files(path, lang="zh")
     assert [p.story for p in problems] == ["一", "三"]
-    assert notes == [f"{path}: 1 left out: has no text in 'zh' (row 3)"]
+    assert notes == [f"{path}: 2 left out: has no question in 'zh' (rows 3, 5)"]
 
 
 @pytest.mark.parametrize(
@@ -554,6 +559,9 @@ def test_a_bilingual_table_with_gaps(tmp_path):
         ("It ends. What will Mr. Hale do?", ["It ends.", "What will Mr. Hale do?"]),
         ("J. R. Smith left. Why?", ["J. R. Smith left.", "Why?"]),
         ("He met Dr. Wu, e.g. at St. Ann's. Why?", ["He met Dr. Wu, e.g. at St. Ann's.", "Why?"]),
+        ("A man. What makes “Mr. Hale” go?", ["A man.", "What makes “Mr. Hale” go?"]),
+        ('A man. Who says "Help! My Dog"?', ["A man.", 'Who says "Help! My Dog"?']),
+        ("A man. Will MR. HALE see Maj. Wu?", ["A man.", "Will MR. HALE see Maj. Wu?"]),
         ("One! Two?  Three.", ["One!", "Two?", "Three."]),
         ("At 7 a.m. What now?", ["At 7 a.m. What now?"]),  # unclear: nothing is cut
         ("", [""]),
@@ -561,6 +569,25 @@ def test_a_bilingual_table_with_gaps(tmp_path):
 )
 def test_where_sentences_end(text, sentences):
     assert split_sentences(text) == sentences
+
+
+def test_links_hide_no_file(tmp_path):
+    row = lines(dict(story="s", question="q", options=["a", "b"], answer="A"))
+    write(tmp_path, "hub/blobs/abc123", row)
+    snapshots = tmp_path / "hub" / "snapshots"
+    snapshots.mkdir()
+    (snapshots / "test.jsonl").symlink_to("../blobs/abc123")  # as Hugging Face's cache has them
+    assert [p.source for p in read_benchmark(tmp_path / "hub")] == ["problems/test"]
+    folder = tmp_path / "siqa"
+    row = dict(context="s", question="q", answerA="a", answerB="b", answerC="nan")
+    write(folder, "z/dev.jsonl", lines(row))
+    write(folder, "z/dev-labels.lst", "3\n")
+    (folder / "a_train.jsonl").symlink_to("z/dev.jsonl")
+    (problem,) = read_benchmark(folder)
+    assert problem.answer == "C" and problem.options[2] == "nan"
+    write(tmp_path, "alone/hard.csv", "narrative,q\ns,q\n")
+    with pytest.raises(ValueError, match="hard.csv: left out: no column for story.*'narrative'"):
+        read_benchmark(tmp_path / "alone")
 
 
 def test_folders_as_people_have_them(tmp_path):
@@ -579,9 +606,10 @@ def test_folders_as_people_have_them(tmp_path):
     (other / "loop").symlink_to(data)
     (data / "nowhere.jsonl").symlink_to(tmp_path / "nothing")
     problems, notes = read_files(data)
-    assert sorted(p.source for p in problems) == ["problems/again", "problems/two"]
+    assert sorted(p.source for p in problems) == ["problems/one", "problems/two"]
     left_out = {note.partition(": left out: ")[0].rpartition("/")[2]: note for note in notes}
     names = {"list.json", "broken.json", "old.jsonl.gz", "table.parquet", "nowhere.jsonl"}
+    names.add("again.jsonl")
     assert set(left_out) == names
     assert left_out["broken.json"].endswith(
         f"broken.json: left out: {data}/broken.json:1: not JSON, at column 2: Expecting property "
@@ -592,9 +620,9 @@ def test_folders_as_people_have_them(tmp_path):
     assert len(read_all([other / "two.jsonl", data, data, data / "one.jsonl"], "en")) == 2
     # a benchmark's file that breaks off is an error, in a folder too
     write(data, "one.jsonl", row + "{")
-    with pytest.raises(ValueError, match="again.jsonl:2: not JSON"):
+    with pytest.raises(ValueError, match="one.jsonl:2: not JSON"):
         read_files(data)
-    with pytest.raises(ValueError, match="old.jsonl.gz: this format is not read"):
+    with pytest.raises(ValueError, match="old.jsonl.gz:1: not UTF-8"):
         read_files(data / "old.jsonl.gz")
 
 

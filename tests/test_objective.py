@@ -10,6 +10,7 @@ At the end stands one batch that exercises all of it. Expected values are worked
 comments. The tests need no model: log-probabilities are simply written down.
 """
 
+import itertools
 import math
 
 import pytest
@@ -115,6 +116,13 @@ def test_min_spread_is_the_smallest_difference_that_counts():
     # 0.001 / (0.0014142 + 0.000001) = 0.70661.
     assert advantages_of(1, 1.002) == pytest.approx([-0.70661, 0.70661], abs=1e-5)
     assert advantages_of(1, 1.002, min_spread=0.01) == [0, 0]
+
+
+def test_the_edge_of_flat_does_not_depend_on_rounding():
+    for low, dtype in itertools.product((0.0, 0.3, 0.5, 1.0), (torch.float32, torch.float64)):
+        rewards = torch.tensor([[low, low + 1e-3], [low, low + 1.1e-3]], dtype=dtype)
+        flat, spread = group_advantages(rewards).abs().tolist()
+        assert flat == [0, 0] and spread == pytest.approx([0.5**0.5] * 2, rel=0.01)
 
 
 def test_a_flat_group_leaves_its_neighbours_alone():

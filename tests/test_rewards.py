@@ -105,6 +105,8 @@ NINE = Problem("Anna left.", "Who?", tuple("abcdefghi"), "I")
         ("Options I see: two", False),
         ("the answer I'd give", False),
         ("the answer I\u2019d give", False),
+        ("the answer I\u00b4d give", False),
+        ("选项「I」", True),
         ("a choice I (the reader) make", False),
         ("I think so", False),
         ("the answer is It", False),

@@ -157,6 +157,9 @@ DRAWER = Problem(
                 "**B. the drawer**",
                 "B the  drawer",
                 "b)\nthe\u00a0drawer",
+                "「B」",
+                "B - the drawer",
+                "B. – the drawer",
             )
         ),
         *((block, "B") for block in ("the drawer", "The drawer.", "**the drawer**", "THE\tDRAWER")),

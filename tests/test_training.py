@@ -627,6 +627,39 @@ def test_what_no_loader_reads_may_change_while_a_run_is_interrupted(tmp_path):
         train(run, resume=True)
 
 
+def test_the_order_of_the_data_is_part_of_a_run(tmp_path):
+    for name, stories in (("d1/x", "ab"), ("d1/y", "cd"), ("d2/x", "ef")):
+        rows = [dict(story=s, question="q", options=["a", "b"], answer="A") for s in stories]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [tmp_path / f"{name}.jsonl" for name in ("d1/x", "d1/y", "d2/x")]
+    run = replace(run_in(tmp_path / "run", steps=1), data=files)
+    train(run)
+    train(run, resume=True)
+    with pytest.raises(ValueError, match="not the same run: order of training problems was"):
+        train(replace(run, data=[files[0], files[2], files[1]]), resume=True)
+
+
+def test_a_last_update_that_is_skipped_leaves_the_model_that_was_evaluated(tmp_path, monkeypatch):
+    real, calls = grpo.group_advantages, []
+
+    def advantages(rewards, scale=True):
+        calls.append(rewards)
+        return real(rewards, scale) + (float("nan") if len(calls) == 3 else 0.1)
+
+    monkeypatch.setattr(grpo, "group_advantages", advantages)
+    train(run_in(tmp_path, steps=3))
+    line = log_of(tmp_path)[-1]
+    assert line["skipped"] == 1 and line["loss"] is line["kl"] is line["entropy"] is None
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "checkpoint-000002",
+        "checkpoint-000003",
+    ]
+    two, three = tensors_of(tmp_path, 2), tensors_of(tmp_path, 3)
+    assert all(torch.equal(two[key], three[key]) for key in two)
+
+
 def test_settings_reach_the_update(tmp_path):
     """Warm-up, clipping of ratios and of gradients, no reference at beta 0, activation checkpointing."""
     policies = grpo.load_policies(run_in(tmp_path, beta=0.0, recompute=True), None)
