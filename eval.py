@@ -23,6 +23,9 @@ What a right letter does not show. The paper's claims are about reasoning, and e
 speaks to one of them. The process measures are those from parse_rate on:
 
     accuracy       responses with the right letter; one without a readable answer is wrong
+    lenient        the same, but where there is no such answer, the last line counts that can be
+                   read as one, or that names a single letter [O]: what grows less than the
+                   accuracy was there before, and only the form was learned
     macro          the mean of the benchmarks' accuracies, as in the paper's main table [P]
     hard, control  the accuracy on generated stories where a shortcut, "people know whatever the
                    reader knows", leads to a wrong option, and on their twins, where it leads to
@@ -39,6 +42,7 @@ speaks to one of them. The process measures are those from parse_rate on:
                    from the story does not need the options yet; one that settles on an option and
                    justifies it names it early. The paper calls this *reasoning parasitism* [P]
     first_option   where the reasoning first names an option: 0 is its beginning, 1 its end
+    fault, ...     responses that are not well-formed, by reason; "cut off": at the length limit
     repetition     the fraction of 4-grams of words that were said before: length that says nothing
     length         sampled tokens: how many a model needs for what it says
     reward         R at the end of the curriculum; the result carries the settings of R
@@ -69,10 +73,19 @@ from tqdm import tqdm
 from model import ModelConfig, Tokenizer, Transformer
 from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
-from rewards import WORD, load_content_model, option_mentions, order_fraction, total_reward, words
-from socialr1 import ASSETS, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
+from rewards import WORD, letter_mentions, load_content_model, option_mentions, order_fraction
+from rewards import plain, total_reward, words
+from socialr1 import ASSETS, FAULTS, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
 from socialr1 import build_messages, even_out, exit_on_error, generate_problems, parse_response
-from socialr1 import read_instructions, read_rows, setting, stage_spans, write_json, write_text
+from socialr1 import (
+    read_answer,
+    read_instructions,
+    read_rows,
+    setting,
+    stage_spans,
+    write_json,
+    write_text,
+)
 
 
 # ------------------------------------------------------------------------------ answering problems
@@ -121,23 +134,22 @@ def evaluate(
     bar = dict(desc=label, total=len(missing), unit="prompt", disable=label is None, leave=False)
     with open(journal or os.devnull, "a", encoding="utf-8", buffering=1) as lines:
         for prompt, completions in tqdm(stream, **bar):
-            name, rows = names[prompt], [completion.tokens for completion in completions]
-            done[name] = [(tokenizer.completion_text(prompt, row), len(row)) for row in rows]
+            name = names[prompt]
+            texts = [tokenizer.completion_text(prompt, c.tokens) for c in completions]
+            done[name] = [(text, len(c.tokens), c.finished) for text, c in zip(texts, completions)]
             print(json.dumps([name, done[name]]), file=lines)
 
     # 2. Measure the responses.
     records = []
     for item, (problem, prompt) in enumerate(zip(problems, prompts)):
-        for sample, (text, length) in enumerate(done[names[tuple(prompt)]]):
+        for sample, (text, length, finished) in enumerate(done[names[tuple(prompt)]]):
             grounding = ground(content, problem, text) if content else None
-            record = measure(problem, text, length, grounding, reward_config)
+            record = measure(problem, text, length, grounding, reward_config, finished)
             records.append(record | {"item": item, "sample": sample})
     return summarise(records) | {"reward_config": asdict(reward_config)}
 
 
-def check_lengths(
-    config: ModelConfig, problems: list[Problem], prompts: list[list[int]], max_new_tokens: int
-) -> None:
+def check_lengths(config: ModelConfig, problems: list, prompts: list, max_new_tokens: int) -> None:
     """ValueError names the first problem whose prompt leaves no space for an answer.
 
     This comes before all work, so that a long problem does not end an evaluation in its last hour.
@@ -149,12 +161,12 @@ def check_lengths(
             raise ValueError(f"problem {problem.id!r}: {tokens} exceed the context, {context}")
 
 
-def read_journal(journal: Path, moment: float) -> tuple[float, dict[str, list[tuple[str, int]]]]:
+def read_journal(journal: Path, moment: float) -> tuple[float, dict[str, list]]:
     """Return when an evaluation began, and its answers by name; a new one begins at `moment`.
 
     One line holds the moment, and each other one the answers to a prompt: the text of each sample,
-    and its number of tokens. An interruption can leave a torn last line, which is cut off.
-    ValueError: the file is no journal.
+    its number of tokens, and whether it was finished. An interruption can leave a torn last line,
+    which is cut off. ValueError: the file is no journal.
     """
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     complete = [line for line in lines if line.endswith(b"\n")]
@@ -165,7 +177,7 @@ def read_journal(journal: Path, moment: float) -> tuple[float, dict[str, list[tu
             if name == "moment":
                 moment = samples + 0.0
             else:
-                answers[name] = [(text + "", length + 0) for text, length in samples]
+                answers[name] = [(text + "", length + 0, end) for text, length, end in samples]
     except (ValueError, TypeError):
         raise ValueError(f"{journal}: not an evaluation's journal; choose another --json") from None
     write_text(journal, b"".join(complete).decode())
@@ -177,12 +189,11 @@ def digest(value: object) -> str:
 
 
 def fingerprint(model: Transformer) -> str:
-    """Digest all that a model's outputs depend on: its weights, in their dtype, and its config."""
+    """Digest all that a model's outputs depend on: its weights and its config."""
     weights = hashlib.blake2b(digest_size=16)
     for p in model.parameters():
         weights.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
-    dtypes = [str(p.dtype) for p in model.parameters()]
-    return digest([weights.hexdigest(), dtypes, model.config.raw])
+    return digest([weights.hexdigest(), model.config.raw])
 
 
 # ------------------------------------------------------------------------- what one response shows
@@ -196,7 +207,7 @@ def ground(content: ContentModel, problem: Problem, text: str) -> dict[str, floa
 
 
 def measure(
-    problem: Problem, text: str, length: int, content: dict | None = None, config=RewardConfig()
+    problem: Problem, text: str, length: int, content=None, config=RewardConfig(), finished=True
 ) -> dict:
     """Measure one response of `length` tokens: all that the tables and the page show of it."""
     response = parse_response(text, problem)
@@ -210,6 +221,7 @@ def measure(
         "gold": problem.answer,
         "answer": response.answer,
         "correct": response.answer == problem.answer,
+        "lenient": (response.answer or lenient_answer(text, problem)) == problem.answer,
         "parse_rate": response.answer is not None,
         "well_formed": response.well_formed,
         "coverage": len(response.stages) / len(STAGES),
@@ -223,8 +235,22 @@ def measure(
         "terms": reward.parts,
         "content": content,
         **{f"content, {stage}": value for stage, value in (content or {}).items()},
+        **{f"fault, {name}": response.cause(finished) == name for name in ("cut off", *FAULTS)},
         "text": text,
+        "finished": finished,
     }
+
+
+def lenient_answer(text: str, problem: Problem) -> str | None:
+    """Return the letter in the last line that reads as an answer, or that names a single letter."""
+    for line in reversed(plain(text).splitlines()):
+        line = re.sub(r"(?i)</?(?:think|answer)>", " ", line)
+        spans = letter_mentions(line, problem)
+        named = {re.findall("[A-Z]", line[start:end])[-1] for start, end in spans}
+        answer = read_answer(line, problem) or "".join(named)
+        if len(answer) == 1:
+            return answer
+    return None
 
 
 def locate_options(think: str, problem: Problem) -> list[tuple[str, int, int]]:
@@ -278,9 +304,10 @@ def normalise(story: str) -> str:
 
 
 # The rows of a table, and what grpo.py logs during training.
-ACCURACIES = ("accuracy", "macro", "hard", "control", "shortcut_gap")
+ACCURACIES = ("accuracy", "lenient", "macro", "hard", "control", "shortcut_gap")
 PROCESS = "parse_rate well_formed coverage order stage_order option_early first_option".split()
-PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES)]
+REASONS = [f"fault, {name}" for name in ("cut off", *FAULTS)]
+PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES), *REASONS]
 MEASURES = "accuracy hard control shortcut_gap parse_rate stage_order option_early length".split()
 SPLITS = {"by_benchmark": "benchmark", "by_file": "source", "by_ability": "ability"}
 
@@ -311,9 +338,10 @@ def make_unit(problems: list[list[dict]]) -> Unit:
     """Score the samples of problems that count together; a sample is right if all answers are."""
     records = list(itertools.chain(*problems))
     right = [all(record["correct"] for record in sample) for sample in zip(*problems)]
+    lenient = [all(record["lenient"] for record in sample) for sample in zip(*problems)]
     first = records[0]
     # The accuracy counts units. The process counts responses, but for those without such a value.
-    data = {"accuracy": (mean(right), 1)}
+    data = {"accuracy": (mean(right), 1), "lenient": (mean(lenient), 1)}
     data |= {name: (mean(right), first["variant"] == name) for name in ("hard", "control")}
     for key in PROCESS:
         known = [record[key] for record in records if record.get(key) is not None]
@@ -405,7 +433,8 @@ def table_rows(results: dict[str, dict], with_intervals: Sequence[str] = ()) -> 
 
     rows = [["", "n", *results]]
     for key in (*ACCURACIES, *PROCESS):
-        if any(key in result["overall"] for result in results.values()):
+        values = [result["overall"].get(key) for result in results.values()]
+        if any(value is not None and (value or key not in REASONS) for value in values):
             rows.append(row(key.replace("_", " "), "overall", key))
     for section in SPLITS:
         names = sorted(set().union(*(result[section] for result in results.values())))
@@ -718,8 +747,7 @@ def decide_golds(file: Path, items: list[tuple[int, dict]], benchmark: str) -> l
         kinds = [kind for kind in kinds if "from 1" in kind] or kinds
     unclear = [line for (line, _), found in zip(items, golds) if len({found[k] for k in kinds}) > 1]
     if unclear:
-        rows = ", ".join(map(str, unclear[:5])) + ", ..." * (len(unclear) > 5)
-        meant = f"answers may be {' or '.join(kinds)} which differ in rows {rows}"
+        meant = f"answers may be {' or '.join(kinds)} which differ in rows {unclear[:9]}"
         raise ValueError(f"{file}:{unclear[0]}: {meant}; write them as letters")
     return [found[kinds[0]] for found in golds]
 
@@ -842,11 +870,10 @@ def read_files(
     found = [f for f in find_files(path, set()) if f == path or f.suffix.lower() not in COMPANIONS]
     problems, notes = [], []
     for file in sorted(found, key=Path.is_symlink):  # of two names for a file, its own
-        real = os.path.realpath(file)
-        if real in known:
-            notes.append(f"{file}: left out: it is read already, under this name or another")
+        if os.path.realpath(file) in known:
+            notes.append(f"{file}: read already, counts once")
             continue
-        known.add(real)
+        known.add(os.path.realpath(file))
         try:
             of_file, of_notes = read_file(file, name, lang, in_folder=file != path)
         except NoProblems as reason:
@@ -856,8 +883,7 @@ def read_files(
         problems += of_file
         notes += of_notes
     if not problems and not any("read already" in note for note in notes):
-        told = "; ".join(["expected .jsonl, .json or .csv", *notes[:3]])
-        raise ValueError(f"{path}: no problems in {lang!r} found; {told}")
+        raise ValueError("; ".join([f"{path}: no problems in {lang!r} found", *notes[:3]]))
     return problems, notes
 
 
@@ -945,23 +971,17 @@ def measure_again(record: dict, reward_config: RewardConfig) -> dict:
     "".join([text, *problem.options, *(asdict(problem) | {"options": ""}).values()]).encode()
     if content is not None:
         content = {stage: float(value) for stage, value in content.items()}
-    measured = measure(problem, text, record["length"] + 0, content, reward_config)
+    finished = record.get("finished", True) is True
+    measured = measure(problem, text, record["length"] + 0, content, reward_config, finished)
     return measured | {"sample": int(record.get("sample", 0))}
 
 
 def match(results: list[dict]) -> list[tuple[Unit, ...]]:
-    """Pair the units that all results have, in the order of the first result.
-
-    Units of equal problems are told apart by their turn.
-    """
+    """Pair the units that all results have, in the order of the first result."""
     sides = []
     for result in results:
-        units, turns = {}, Counter()
-        for unit in make_units(result["responses"]):
-            name = tuple(dict.fromkeys(map(problem_of, unit.records)))
-            units[name, turns[name]] = unit
-            turns[name] += 1
-        sides.append(units)
+        units = make_units(result["responses"])
+        sides.append({tuple(dict.fromkeys(map(problem_of, unit.records))): unit for unit in units})
     common = [name for name in sides[0] if all(name in units for units in sides)]
     return [tuple(units[name] for units in sides) for name in common]
 
@@ -1087,8 +1107,8 @@ def main() -> None:
         if not path.parent.is_dir() or path.is_dir():
             raise ValueError(f"{path}: expected the name of a file in a folder that exists")
     if command.compare:
-        names = [f"{path.resolve().parent.name}/{path.stem}" for path in command.compare]
-        names = [f"A: {names[0]}", f"B: {names[1]}"]
+        sides = zip("AB", command.compare)
+        names = [f"{side}: {path.resolve().parent.name}/{path.stem}" for side, path in sides]
         results = dict(zip(names, map(read_result, command.compare)))
         tables = [compare_rows(*results.values(), names)]
     else:

@@ -96,7 +96,9 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -131,16 +133,14 @@ from model import load_model, logits_in_tokens, logprobs_and_entropy, new_folder
 from model import prefill_tokens, read_config, read_json, weight_files, write_model
 from rewards import ContentModel, RewardConfig, curriculum, load_content_model
 from rewards import parse_groups, total_reward
-from socialr1 import TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
+from socialr1 import FAULTS, TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
 from socialr1 import exit_on_error, generate_problems, generate_stories, parse_response
 from socialr1 import read_instructions, setting, write_json, write_text
 
 # -------------------------------------------------------------------------------- the objective
 
 
-def group_advantages(
-    rewards: Tensor, scale: bool = True, eps: float = 1e-6, min_spread: float = 1e-3
-) -> Tensor:
+def group_advantages(rewards: Tensor, scale=True, eps=1e-6, min_spread=1e-3) -> Tensor:
     """Say how much better than its group each completion is: A = (R - mean(R)) / (std(R) + eps).
 
     rewards (P, G) -> advantages (P, G), computed in float64; std is the sample standard deviation
@@ -235,9 +235,7 @@ def grpo_loss(
     return totals.sum() / max(normalizer, 1), metrics
 
 
-def loss_normalizer(
-    completions: float, tokens: float, reduction: str, max_length: int | None
-) -> float:
+def loss_normalizer(completions: float, tokens: float, reduction: str, max_length=None) -> float:
     """Return what the summed loss of so many completions and tokens is divided by."""
     if reduction == "dr_grpo" and max_length is None:
         raise ValueError("reduction 'dr_grpo' divides by a constant length: pass max_length")
@@ -287,14 +285,9 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     problems = problems[rank() :: world_size()]  # with several processes each takes its part
     chats = [build_messages(problem, training.instructions) for problem in problems]
     prompts = [tokenizer.chat(messages) for messages in chats]
-    groups = generate(
-        full_copy(training.policies.model, run),
-        prompts,
-        group_size=config.group_size,
-        max_new_tokens=config.max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-        seed=config.seed * 1_000_003 + step,
-    )
+    sampling = dict(group_size=config.group_size, max_new_tokens=config.max_new_tokens)
+    sampling |= dict(stop_ids=tokenizer.stop_ids, seed=config.seed * 1_000_003 + step)
+    groups = generate(full_copy(training.policies.model, run), prompts, **sampling)
     clock.lap("rollout")
 
     # 2. Score: parse each completion, and reward the trajectory by the weights of this step.
@@ -305,6 +298,9 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     clock.lap("content")
     tau = curriculum(step, config.steps, run.reward_config)
     rewards = score(problems, groups, responses, contents, tau, run.reward_config)
+    line = log_line(step, groups, responses, rewards)
+    if step == 0:
+        tell_first_rollout(line, tokenizer.decode(groups[0][0].tokens, special=True), config)
     clock.lap("score")
 
     # 3. Compare: what matters is how much better than its group a completion is.
@@ -313,21 +309,20 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     advantages = group_advantages(totals, scale=config.reduction != "dr_grpo")
 
     # 4. Update: make the better ones more likely and the worse ones less.
-    optimizer = training.policies.optimizer
-    lr = set_learning_rate(optimizer, config.lr, step, rising=config.warmup_steps)
+    lr = set_rate(training.policies, config.lr, step, rising=config.warmup_steps)
     rollout = list(map(Group, prompts, groups, advantages.tolist()))
     metrics = update(training.policies, rollout, config)
     clock.lap("update")
 
     # 5. Log: rewards and their terms, the update, and where the time went.
-    metrics |= {"tau": tau, "lr": lr, "seconds": clock.seconds}
-    return log_line(step, groups, rewards, metrics)
+    speed = line["length"] * line["completions"] / clock.seconds["rollout"]
+    return line | metrics | {"lr": lr, "seconds": clock.seconds, "tokens_per_second": speed}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float, step: int, rising: int) -> float:
-    """Let the rate rise to `lr` on a straight line in the first steps; return that of this step."""
+def set_rate(policies: Policies, lr: float, step: int, rising: int) -> float:
+    """Let the learning rate rise to `lr` in the first steps; return that of this step."""
     lr *= min(1.0, (step + 1) / max(rising, 1))
-    for parameters in optimizer.param_groups:
+    for parameters in policies.optimizer.param_groups:
         parameters["lr"] = lr
     return lr
 
@@ -375,35 +370,43 @@ def score(
     return rewards
 
 
-def log_line(step: int, groups: Grid, rewards: Grid, facts: dict) -> dict:
-    """Collect a step's line for metrics.jsonl: means over all completions, in all processes.
+def log_line(step: int, groups: Grid, responses: Grid, rewards: Grid) -> dict:
+    """Collect means over all completions, in all processes, for a step's line in metrics.jsonl.
 
-    `facts` go into the line as they are. What is not known, such as R_content without a content
-    model, is None.
+    What is not known, such as R_content without a content model, is None. "fault, ..." is how many
+    are not well-formed for this reason.
     """
-    completions = [completion for group in groups for completion in group]
-    parts = [reward.parts | {"reward": reward.total} for group in rewards for reward in group]
+    completions = list(itertools.chain(*groups))
+    parts = [reward.parts | {"reward": reward.total} for reward in itertools.chain(*rewards)]
     totals = [[reward.total for reward in group] for group in rewards]
-    totals = torch.tensor(totals, dtype=torch.float64)  # (P, G)
+    flat = flat_groups(torch.tensor(totals, dtype=torch.float64))
     known = [term for term, value in parts[0].items() if value is not None]
     sums = {term: sum(part[term] for part in parts) for term in known}
     sums["length"] = sum(len(completion.tokens) for completion in completions)
     sums["finished"] = sum(completion.finished for completion in completions)
-    counts = {
-        "flat": int(flat_groups(totals).sum()),
-        "groups": len(groups),
-        "all": len(completions),
-    }
-    counts, sums = summed(counts), summed(sums)
+    pairs = zip(completions, itertools.chain(*responses))
+    faults = Counter(response.cause(completion.finished) for completion, response in pairs)
+    sums |= {f"fault, {name}": faults[name] for name in ("cut off", *FAULTS)}
+    counts = summed({"flat": int(flat.sum()), "groups": len(groups), "all": len(completions)})
     line = {"step": step, **dict.fromkeys(parts[0])}  # a term that is not known stays None
-    line |= {name: value / counts["all"] for name, value in sums.items()}
-    line |= {
-        "flat_groups": counts["flat"] / counts["groups"],
-        "completions": counts["all"],
-        **facts,
-    }
-    line["tokens_per_second"] = sums["length"] / facts["seconds"]["rollout"]
-    return line
+    line |= {name: value / counts["all"] for name, value in summed(sums).items()}
+    return line | {"flat_groups": counts["flat"] / counts["groups"], "completions": counts["all"]}
+
+
+def tell_first_rollout(line: dict, response: str, config: GRPOConfig) -> None:
+    """Tell how the first rollout went; where there is little to learn from, say what helps."""
+    faults = {name: line[f"fault, {name}"] for name in ("cut off", *FAULTS)}
+    told = [f"{share:.0%} {name}" for name, share in faults.items() if share]
+    told = [f"first rollout: {line['fmt']:.0%} well-formed", *told]
+    tqdm.write(f"{', '.join(told)}; {line['flat_groups']:.0%} of the groups without spread")
+    said = " ".join(response.split())
+    tqdm.write(f"a response: {said[:300]}" + f" ... {said[-100:]}" * (len(said) > 300))
+    if line["fmt"] < 0.2:
+        tqdm.write("WARNING: what is not well-formed earns 0: see --warm-up and --instructions")
+    if faults["cut off"] > 0.2:
+        tqdm.write(f"WARNING: raise --max-new-tokens, which is {config.max_new_tokens}")
+    if line["flat_groups"] == 1:
+        tqdm.write("WARNING: no spread, nothing to learn: --warm-up, other --data or --group-size")
 
 
 # ----------------------------------------------------------------------------------- the update
@@ -417,29 +420,24 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     what its loss is divided by, and the others are means over all tokens.
     """
     sums = dict.fromkeys(("kl", "clip_fraction", "entropy", "tokens"), 0.0)
-    losses, norms, weights, drifts = [], [], [], []
+    made, weights, drifts = [], [], []
     for minibatch in minibatches(rollout, config.minibatches):
         batch_sums, drift = accumulate(policies, minibatch, config)
         norm = apply_gradients(policies, batch_sums["loss"], config.max_grad_norm)
         if norm is not None:
-            losses.append(batch_sums["loss"])
-            norms.append(norm)
+            made.append((batch_sums["loss"], norm))
             weights.append(batch_sums["normalizer"])
             for name in sums:
                 sums[name] += batch_sums[name]
         drifts.append(drift)
+    loss, norm = np.average(made, axis=0, weights=weights).tolist() if made else (None, None)
     tokens = max(sums.pop("tokens"), 1)
-    means = {name: value / tokens if losses else None for name, value in sums.items()}
+    means = {name: value / tokens if made else None for name, value in sums.items()}
     if policies.reference is None:
         means["kl"] = None
-    return {
-        "loss": float(np.average(losses, weights=weights)) if losses else None,
-        "grad_norm": float(np.average(norms, weights=weights)) if losses else None,
-        "skipped": config.minibatches - len(losses),
-        **means,
-        # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
-        "logprob_drift": drifts[0],
-    }
+    # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
+    means["logprob_drift"] = drifts[0]
+    return {"loss": loss, "grad_norm": norm, "skipped": config.minibatches - len(made), **means}
 
 
 def apply_gradients(policies: Policies, loss: float, max_norm: float) -> float | None:
@@ -466,9 +464,9 @@ def accumulate(
     """
     lengths = [len(completion.tokens) for group in minibatch for completion in group.completions]
     counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
-    objective = dict(clip_eps=config.clip_eps, beta=config.beta)
     reducing = dict(reduction=config.reduction, max_length=config.max_new_tokens)
     normalizer = max(loss_normalizer(**counts, **reducing), 1)
+    objective = dict(clip_eps=config.clip_eps, beta=config.beta, normalizer=normalizer) | reducing
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
     for batch in equally_many(micro_batches(minibatch, config.token_budget)):
@@ -482,16 +480,8 @@ def accumulate(
         if policies.reference is not None:
             with torch.no_grad():
                 ref_logprobs, _ = completion_logprobs(policies.reference, prompts, ids)
-        loss, metrics = grpo_loss(
-            logprobs,
-            old_logprobs,
-            ref_logprobs,
-            advantages.to(mask.device),
-            mask,
-            normalizer=normalizer,
-            **objective,
-            **reducing,
-        )
+        tensors = (logprobs, old_logprobs, ref_logprobs, advantages.to(mask.device), mask)
+        loss, metrics = grpo_loss(*tensors, **objective)
         loss.backward()
         sums["loss"] += float(loss.detach())
         sums["tokens"] += metrics["tokens"]
@@ -560,8 +550,7 @@ def train(run: Run, resume: bool = False) -> None:
             line |= evaluate_held_out(training, run, "")
         return line
 
-    loop = dict(steps=config.steps, take_step=take_step, label="grpo")
-    finished, checkpoint = run_steps(run, training.policies, state, checkpoint, **loop)
+    finished, checkpoint = run_steps(run, training.policies, state, checkpoint, take_step)
     if finished == config.steps:
         evaluate_held_out(training, run, "after")
         if step_of(checkpoint) < finished:  # the last update was skipped, but the weights do answer
@@ -571,21 +560,15 @@ def train(run: Run, resume: bool = False) -> None:
 
 
 def run_steps(
-    run: Run,
-    policies: Policies,
-    state: dict,
-    checkpoint: Path | None,
-    steps: int,
-    take_step: Callable[[int], dict],
-    label: str,
+    run: Run, policies: Policies, state: dict, checkpoint: Path | None, take_step: Callable
 ) -> tuple[int, Path | None]:
     """Take the steps from a checkpoint on, until the last one or an interrupt; log, and save.
 
     -> the steps that are finished, and the newest checkpoint
     """
     config, finished = run.config, step_of(checkpoint)
-    bar = dict(desc=label, total=steps, initial=finished, unit="step", disable=rank() > 0)
-    bar = tqdm(range(finished, steps), **bar)
+    bar = dict(desc=run.out.name, total=config.steps, initial=finished, disable=rank() > 0)
+    bar = tqdm(range(finished, config.steps), unit="step", **bar)
     skips = 0  # steps in a row in which an update was skipped
     with Interrupt() as interrupt, open_log(run.out, finished) as log:
         for step in bar:
@@ -599,7 +582,7 @@ def run_steps(
             # While updates are being skipped the weights may be ruined: the last good ones stay.
             if not skips:
                 remove_older(run, checkpoint)  # this step went well, so the newest one is sound
-                if finished % config.save_every == 0 or finished == steps or stopping:
+                if finished % config.save_every == 0 or finished == config.steps or stopping:
                     checkpoint = save_checkpoint(run, policies, finished, state)
             show(bar, line)  # after saving: the terminal may be gone
             if stopping:
@@ -676,8 +659,7 @@ def hold_out_stories(problems: list[Problem], count: int) -> tuple[list[Problem]
     Returns the problems of the other stories, and `count` of those that were kept back.
     """
     stories = list(dict.fromkeys(normalise(problem.story) for problem in problems))
-    kept_back = len(stories) // 10 if count else 0
-    kept_back = set(random.Random("held out").sample(stories, kept_back))
+    kept_back = random.Random("held out").sample(stories, len(stories) // 10 if count else 0)
     held_out = [problem for problem in problems if normalise(problem.story) in kept_back]
     training = [problem for problem in problems if normalise(problem.story) not in kept_back]
     return training, held_out[:count]
@@ -712,14 +694,13 @@ def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict
     """
     policy, config = full_copy(training.policies.model, run), run.config
     settings = dict(temperature=1.0, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    settings |= dict(reward_config=run.reward_config, content=training.content_model)
-    settings |= dict(instructions=training.instructions)
+    settings |= dict(reward_config=run.reward_config, instructions=training.instructions)
     results, line = {}, {}
     for name, problems in training.held_out.items():
         if problems and rank() == 0:
             asked = problems if when else problems[: max(1, len(problems) // 4)]
             settings["label"] = f"evaluating, {name}"
-            result = evaluate(policy, training.tokenizer, asked, **settings)
+            result = evaluate(policy, training.tokenizer, asked, training.content_model, **settings)
             results[f"{name} {when}"] = result
             line[f"eval_{name}"] = {key: result[key] for key in MEASURES}
     if when and rank() == 0:
@@ -742,11 +723,11 @@ def warm_up(
     It imitates traces of --data, or of generated stories that GRPO does not ask about. ValueError:
     there are none, or one is no well-formed response with the right letter.
     """
-    config = replace(run.config, beta=0.0, keep=1)  # no reference yet
+    config = replace(run.config, steps=run.config.warm_up, beta=0.0, keep=1)  # no reference yet
     run = replace(run, config=config, out=run.out / "warm-up")
     traced = [problem for problem in problems if problem.trace]
     if not run.data:
-        stories = generate_stories(GENERATED + config.warm_up * TRACES, config.seed)[GENERATED:]
+        stories = generate_stories(GENERATED + config.steps * TRACES, config.seed)[GENERATED:]
         traced = [replace(story.problem, trace=story.trace) for story in stories]
     if len(traced) < TRACES:
         raise ValueError(f"--warm-up: {len(traced)} rows of --data have a trace; {TRACES} or more")
@@ -761,6 +742,8 @@ def warm_up(
 
     state = {"identity": identify(run, traced, {})}
     checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
+    if step_of(checkpoint) == config.steps:
+        return checkpoint
     policies = load_policies(run, checkpoint)
     run.out.mkdir(exist_ok=True)
 
@@ -768,9 +751,8 @@ def warm_up(
         batch = problems_of_step(examples, step, TRACES, config.seed)
         return imitate(policies, batch[rank() :: world_size()], step, config)
 
-    loop = dict(steps=config.warm_up, take_step=take_step, label="warm-up")
-    finished, checkpoint = run_steps(run, policies, state, checkpoint, **loop)
-    if finished < config.warm_up:
+    finished, checkpoint = run_steps(run, policies, state, checkpoint, take_step)
+    if finished < config.steps:
         raise KeyboardInterrupt
     return checkpoint
 
@@ -780,17 +762,17 @@ def imitate(policies: Policies, examples: list[Group], step: int, config: GRPOCo
 
     loss = - mean over all tokens of logp
     """
-    lengths = [len(example.completions[0].tokens) for example in examples]
-    tokens, loss = summed({"tokens": sum(lengths)})["tokens"], 0.0
+    sums = summed({"tokens": sum(len(example.completions[0].tokens) for example in examples)})
+    sums["loss"] = 0.0
     for batch in equally_many(micro_batches(examples, config.token_budget)):
         prompts = [example.prompt for example in batch]
         ids = [[example.completions[0].tokens] for example in batch]
         logprobs, _ = completion_logprobs(policies.model, prompts, ids)  # (b, T), 0 at padding
-        batch_loss = -logprobs.sum() / tokens
-        batch_loss.backward()
-        loss += float(batch_loss.detach())
-    lr = set_learning_rate(policies.optimizer, config.warm_up_lr, step, rising=10)
-    loss = summed({"loss": loss})["loss"]
+        loss = -logprobs.sum() / sums["tokens"]
+        loss.backward()
+        sums["loss"] += float(loss.detach())
+    lr = set_rate(policies, config.warm_up_lr, step, rising=10)
+    loss = summed(sums)["loss"]
     norm = apply_gradients(policies, loss, config.max_grad_norm)
     return {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(norm is None)}
 
@@ -857,11 +839,9 @@ def read_log(path: Path) -> list[dict]:
     """Read the lines of metrics.jsonl, one for each step; torn ones are left out."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else ():
-        try:
+        with suppress(ValueError, TypeError, LookupError):
             line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            line["step"] + 0
             lines.append(line)
     return lines
 
@@ -873,14 +853,8 @@ def report(run: Run, finished: int, checkpoint: Path) -> None:
         print(f"go on with the same flags and: --out {run.out} --resume")
     elif rank() == 0:
         before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
-        results = {}
-        for pair in zip(before.items(), after.items()):
-            results |= dict(pair)
-        if results:
-            print(f"\n{table(results)}")
-        right = [line["out"] for line in read_log(run.out / "metrics.jsonl") if "out" in line]
-        if right:
-            print(f"\nright answers in training: {right[0]:.3f} at first, {right[-1]:.3f} at last")
+        results = dict(itertools.chain(*zip(before.items(), after.items())))
+        print(f"\n{table(results)}" if results else "")
         print(f"log, and every response: {run.out}/metrics.jsonl, before.json, after.json")
         told = f" --instructions {run.out}/instructions.txt" if run.instructions else ""
         print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}{told}")
@@ -968,7 +942,7 @@ def short_digest(value: object) -> str:
 def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict:
     """Return what must stay the same while a run is interrupted: settings, and what was read."""
     identity = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
-    identity["instructions"] = read_instructions(run.instructions)
+    identity["instructions"] = short_digest(read_instructions(run.instructions))
     for name in RESUMABLE:
         del identity[name]
     for kind, asked in ({"training": problems} | held_out).items():
@@ -1299,8 +1273,7 @@ def print_plan(run: Run, memory: float) -> None:
     asked = itertools.chain(problems, *held_out.values())
     lengths = [len(tokenizer.chat(build_messages(problem, instructions))) for problem in asked]
     plan = memory_plan(read_config(run.model), run, max(lengths))
-    hosted = {name for name in plan if "(fp32)" in name or name == "reference policy"}
-    hosted = hosted if run.offload else set()
+    hosted = {name for name in plan if run.offload and ("(fp32)" in name or "reference" in name)}
     for place, names in (("device", plan.keys() - hosted), ("host", hosted)):
         plan[f"together, on the {place}"] = tuple(map(sum, zip(*(plan[name] for name in names))))
     peak = max(plan["together, on the device"])
@@ -1308,23 +1281,20 @@ def print_plan(run: Run, memory: float) -> None:
     rows = [[label, *MOMENTS, "where"]]
     for name, sizes in plan.items():
         place = "host" if name in hosted or name.endswith("host") else "device"
-        if any(sizes):
-            rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
+        rows += [[name, *(f"{size / unit:.1f}" for size in sizes), place]] * any(sizes)
     verdict = "fits into" if peak <= 0.95 * memory else "does NOT fit into"
-    print(
-        f"{config.prompts} prompts of at most {max(lengths)} tokens, in {world_size()} processes:\n"
-    )
+    print(f"{config.prompts} prompts of at most {max(lengths)} tokens, {world_size()} processes:\n")
     print(aligned(rows))
     print(f"\npeak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare")
 
 
 def memory_of(device: str) -> float:
     """Return the bytes that this machine has for a device."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not device.startswith("cuda"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not torch.cuda.is_available():
         raise ValueError("--plan: there is no cuda here; say the card's GiB, as in --plan 80")
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.mem_get_info(device)[1]
 
 
 # ---------------------------------------------------------------------------------- command line

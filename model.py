@@ -929,9 +929,7 @@ def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
     return config
 
 
-def load_model(
-    path: str | Path, device: str = "cpu", dtype=torch.float32, scalar: bool | None = False
-) -> Transformer:
+def load_model(path: str | Path, device="cpu", dtype=torch.float32, scalar=False) -> Transformer:
     """Load a checkpoint folder, one safetensors file or several; `scalar` as in read_config.
 
     Names and shapes are compared before anything is read. Then each tensor goes from its file to
@@ -1145,8 +1143,7 @@ class Tokenizer:
 
         self.template = settings.get("chat_template")
         if isinstance(self.template, list):  # several with names
-            entries = [entry for entry in self.template if isinstance(entry, dict)]
-            named = {entry.get("name"): entry.get("template") for entry in entries}
+            named = {e.get("name"): e.get("template") for e in self.template if isinstance(e, dict)}
             self.template = named.get("default")
         if (folder / "chat_template.jinja").exists():
             self.template = read_text(folder / "chat_template.jinja", "UTF-8 text", str)
@@ -1174,9 +1171,9 @@ class Tokenizer:
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Ids) -> str:
-        """Return the text of ids, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Ids, special: bool = False) -> str:
+        """Return the text of ids, without special tokens, or with them if `special`."""
+        return self.backend.decode(list(ids), skip_special_tokens=not special)
 
     def completion_text(self, prompt: Ids, tokens: Ids) -> str:
         """Return a completion as a parser should see it.
@@ -1189,7 +1186,7 @@ class Tokenizer:
         if tokens and tokens[-1] in self.stop_ids:
             tokens.pop()
         opened = "<think>" if self.opens_think(prompt) else ""
-        return opened + self.backend.decode(tokens, skip_special_tokens=False)
+        return opened + self.decode(tokens, special=True)
 
     def completion_ids(self, prompt: Ids, text: str) -> list[int]:
         """Return the tokens that `completion_text` reads as this text, and a stop token."""
@@ -1199,8 +1196,7 @@ class Tokenizer:
         return self.encode(text) + [eos if eos in self.stop_ids else self.stop_ids[0]]
 
     def opens_think(self, prompt: Ids) -> bool:
-        rendered = self.backend.decode(list(prompt), skip_special_tokens=False)
-        return rendered.rstrip().lower().endswith("<think>")
+        return self.decode(prompt, special=True).rstrip().lower().endswith("<think>")
 
     def chat(self, messages: list[dict[str, str]], thinking: bool = True) -> list[int]:
         """Return the ids of a chat that ends with the generation prompt."""
@@ -1220,10 +1216,9 @@ class Tokenizer:
     @cached_property
     def compiled_template(self) -> jinja2.Template:
         """Compile the template in a sandbox, with what templates expect to find there."""
-        options = dict(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationTag]
-        )
-        environment = ImmutableSandboxedEnvironment(**options)
+        extensions = [loopcontrols, GenerationTag]
+        blocks = dict(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(extensions=extensions, **blocks)
         environment.filters["tojson"] = to_json
         environment.globals |= dict(tools=None, documents=None, strftime_now=self.strftime)
         environment.globals["raise_exception"] = raise_exception

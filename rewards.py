@@ -49,7 +49,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,11 +149,7 @@ def content_reward(scores: list[float]) -> float:
 
 
 def length_reward(
-    response: Response,
-    length: int,
-    min_length: int = 32,
-    max_length: int = 1024,
-    sharpness: float = 50.0,
+    response: Response, length: int, min_length=32, max_length=1024, sharpness=50.0
 ) -> float:
     """Reward reasoning that is neither empty nor padded: R_len in [0, 1] [P].
 
@@ -251,12 +247,7 @@ def curriculum(step: int, steps: int, config: RewardConfig) -> float:
 
 
 def total_reward(
-    response: Response,
-    problem: Problem,
-    length: int,
-    tau: float = 1.0,
-    content: float | Callable[[Response, Problem], float] | None = None,
-    config: RewardConfig = RewardConfig(),
+    response: Response, problem: Problem, length: int, tau=1.0, content=None, config=RewardConfig()
 ) -> Reward:
     """Combine the terms into the reward of one response [P].
 
@@ -387,38 +378,34 @@ class ContentModel:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        tokenizer.moment = (
-            0.0  # a chat template may write the date, but no score depends on the day
-        )
+        tokenizer.moment = 0.0  # chat templates may write the date; scores are the same every day
         self.centre = model.config.raw.get("content_centre") or dict.fromkeys(STAGES, 0.0)
 
     def rewards(self, problems: list[Problem], groups: list[list[Response]]) -> list[list[float]]:
         """Compute R_content of every response: P lists of G responses -> P lists of G floats."""
         asked = []
-        for problem, group in zip(problems, groups):
-            asked += [(problem.story, problem.question, response.stages) for response in group]
-        rewards = iter([content_reward(scores) for scores in self.score(asked)])
-        return [[next(rewards) for _ in group] for group in groups]
+        for problem, group in zip(problems, groups):  # equal segments are scored once
+            segments = dict.fromkeys(segment for response in group for segment in response.stages)
+            asked.append((problem.story, problem.question, list(segments)))
+        rewards = []
+        for (_, _, segments), scores, group in zip(asked, self.score(asked), groups):
+            score_of = dict(zip(segments, scores))
+            rewards.append([content_reward([score_of[s] for s in r.stages]) for r in group])
+        return rewards
 
     @torch.inference_mode()
     def score(self, asked: list[Asked], token_budget: int = 32768) -> list[list[float]]:
         """Score segments: (story, question, segments) -> a list of centred scores for each.
 
-        However often a story is asked about, it goes through the network once, and so does each of
-        its distinct segments. `token_budget` limits how many tokens the network sees at a time.
+        A story goes through the network once for all of its segments. `token_budget` limits how
+        many tokens the network sees at a time.
         """
-        scores: dict[tuple[str, str], dict[Segment, float]] = {}
-        for story, question, segments in asked:
-            scores.setdefault((story, question), {}).update(dict.fromkeys(segments, 0.0))
-        encoded = [self.encode(*key, list(unique)) for key, unique in scores.items() if unique]
+        encoded = [self.encode(*entry) for entry in asked if entry[2]]
         parts = batches(encoded, lambda stories: tokens_in(stories) <= token_budget)
         found = itertools.chain(*(segment_scores(self.model, part).tolist() for part in parts))
-        for unique in scores.values():
-            for stage, text in unique:
-                unique[stage, text] = next(found) - self.centre[stage]
         centred = []
-        for story, question, segments in asked:
-            centred.append([scores[story, question][segment] for segment in segments])
+        for _, _, segments in asked:
+            centred.append([next(found) - self.centre[stage] for stage, _ in segments])
         return centred
 
     def encode(self, story: str, question: str, segments: list[Segment]) -> EncodedStory:
@@ -447,11 +434,8 @@ def segment_scores(model: Transformer, batch: list[EncodedStory]) -> Tensor:
         P prompts with B segments altogether -> (B,) in float32
 
     Segments are packed like completions, so a story is read once for all of its segments.
-    ValueError: no segment, or a prompt or segment without tokens.
     """
     prompts, segments = zip(*batch)
-    if not any(segments) or not all(prompts) or not all(itertools.chain(*segments)):
-        raise ValueError("no segment, or a prompt or segment without tokens: nothing to score")
     packed = Packed(prompts, segments, model.device)
     ends = [places[-1] for places in itertools.chain(*packed.completions)]
     hidden = model.hidden(packed.tokens, packed)[0, ends]  # (B, d)
@@ -544,9 +528,7 @@ class ContentConfig(Settings):
     """Settings of the content model and its training: the paper states none of them [O]."""
 
     model: Path = setting(None, "checkpoint folder to start from; else assets/tiny", kind=Path)
-    pairs: Path = setting(
-        None, "JSONL: story, question, stage, chosen, rejected (needed)", kind=Path
-    )
+    pairs: Path = setting(None, "JSONL: story, question, stage, chosen, rejected", kind=Path)
     held_out: Path = setting(None, "pairs to examine on; else a tenth of --pairs", kind=Path)
     out: Path = setting(Path("runs/content"), "the new folder")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")

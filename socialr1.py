@@ -81,26 +81,13 @@ class Problem:
         return LETTERS[: len(self.options)]
 
 
-# The two pairs of tags are the paper's [P]. The headings, the ban on naming options early and the
-# example are ours [O]. The example solves no problem, so it gives nothing away.
-INSTRUCTIONS = """\
-First think about the reasoning process, then give the answer. Put the reasoning inside <think> \
-</think> and the answer, one letter, inside <Answer> </Answer>. Inside <think> go through four \
-stages in this order, each on a new line under its name as a heading: Cue Encoding, Cue \
-Interpretation, Goal Clarification, Response Generation. Do not name any option before Response \
-Generation. Nothing but the answer block follows </think>. A response looks like this:
-
-<think>
-Cue Encoding: what happened, and who perceived it.
-Cue Interpretation: what people therefore believe.
-Goal Clarification: what they want.
-Response Generation: what follows, and which option says so.
-</think>
-<Answer> B </Answer>"""
+# The system message asks for the two pairs of tags [P]. The headings, the ban on naming options
+# early and the example of the form, which solves no problem and gives nothing away, are ours [O].
+INSTRUCTIONS = (ASSETS / "instructions.txt").read_text(encoding="utf-8").strip()
 
 
 def read_instructions(file: Path | None) -> str:
-    """Read another system message from a file, or return the one above; ValueError: it is empty."""
+    """Read another system message from a file, or return the usual one; ValueError: it is empty."""
     instructions = file.read_text(encoding="utf-8").strip() if file else INSTRUCTIONS
     if not instructions:
         raise ValueError(f"--instructions {file}: the file is empty")
@@ -128,7 +115,8 @@ class Response:
 
     `think` is the reasoning; `answer` is a letter, or None where no letter can be read. `stages`
     has the name and text of every stage that is present, in order of first appearance, and
-    `preamble` the text before the first heading, which belongs to no stage.
+    `preamble` the text before the first heading, which belongs to no stage. `fault` is the first of
+    FAULTS that is true of it, or "" if it is well-formed.
     """
 
     think: str
@@ -136,6 +124,15 @@ class Response:
     well_formed: bool
     stages: list[tuple[str, str]] = field(default_factory=list)
     preamble: str = ""
+    fault: str = ""
+
+    def cause(self, finished: bool) -> str:
+        """Say why it is not well-formed; that it was not finished explains all else."""
+        return self.fault and (self.fault if finished else "cut off")
+
+
+FAULTS = ("no think block", "unclosed think block", "empty think block", "no answer block")
+FAULTS += ("two answers", "unreadable answer", "text outside")
 
 
 def parse_response(text: str, problem: Problem) -> Response:
@@ -148,15 +145,23 @@ def parse_response(text: str, problem: Problem) -> Response:
     The text comes with its special tokens, except for the one that ends it. They count as text, so
     a response that goes on with another turn of the chat is not well-formed [O].
     """
-    before, think, behind = split_at_block(text, "think")
+    before, inside, behind = split_at_block(text, "think")
     between, block, after = split_at_block(behind, "answer")
     _, second_block, _ = split_at_block(after, "answer")
+    think = (inside or "").strip()
     answer = read_answer(block or "", problem) if second_block is None else None
-    think = (think or "").strip()
-    outside = before + between + after
-    well_formed = think != "" and answer is not None and outside.strip() == ""
+    found = (
+        inside is None and not re.search("(?ai)<think>", text),
+        inside is None,
+        think == "",
+        block is None,
+        second_block is not None,
+        answer is None,
+        (before + between + after).strip() != "",
+    )
+    fault = next((fault for fault, is_found in zip(FAULTS, found) if is_found), "")
     preamble, stages = collect_stages(think)
-    return Response(think, answer, well_formed, stages, preamble)
+    return Response(think, answer, fault == "", stages, preamble, fault)
 
 
 def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:

@@ -150,15 +150,18 @@ def test_equal_segments_are_scored_once_and_scores_are_centred(scorer, monkeypat
     )
     a, b = (STAGES[0], "Anna noticed the box."), (STAGES[1], "Anna thinks the ball is in the box.")
     groups = [
-        ("Anna put the ball in the box.", "Where?", [a, b, a]),
+        ("Anna put the ball in the box.", "Where?", [a, b]),
         ("Ben left.", "Why?", [a]),
         ("", "", []),
     ]
     scores = content.score(groups)
-    assert seen == [3] and scores[0][0] == scores[0][2] and scores[2] == []
-    # the same story asked twice is one story
-    assert content.score([groups[0], (*groups[0][:2], [b])]) == [scores[0], [scores[0][1]]]
-    assert seen == [3, 2]
+    assert seen == [3] and scores[2] == []
+    # a group's responses share a story, and some share a segment: a, b and a again are two texts
+    problem = Problem(*groups[0][:2], ("x", "y"), "A")
+    responses = [Response("x", "A", True, stages) for stages in ([a, b], [a], [])]
+    (found,) = content.rewards([problem], [responses])
+    means = [rewards.content_reward(values) for values in (scores[0], scores[0][:1], [])]
+    assert seen == [3, 2] and found == pytest.approx(means, abs=1e-6)
     apart = [content.score([group], token_budget=1)[0] for group in groups]
     for x, y in zip(scores, apart):
         assert x == pytest.approx(y, abs=1e-5)  # a score does not depend on the batch
@@ -429,9 +432,6 @@ def test_content_models_are_checkpoints_of_sequence_classifiers(tmp_path, scorer
         ValueError, match=r"is a content model \(with a scalar head\); expected a language model"
     ):
         load_model(tmp_path / "scorer")
-    for prompts in ([([], [[1]])], [([1], [[2], []])], [([1], [])]):
-        with pytest.raises(ValueError, match="nothing to score"):
-            segment_scores(scorer, prompts)
     save_model(scorer, tmp_path / "foreign")
     for file in TINY.glob("*token*"):
         (tmp_path / "foreign" / file.name).write_bytes(file.read_bytes())

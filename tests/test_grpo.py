@@ -17,6 +17,7 @@ from grpo import GRPOConfig, Group, Policies, Run, checkpoints, load_problems
 from grpo import log_line, micro_batches, minibatches, problems_of_step, train, update
 from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
+from socialr1 import Response
 from socialr1 import TINY, TINY_CONTENT, build_messages, generate_problems
 
 CONFIG = GRPOConfig(
@@ -144,6 +145,9 @@ def test_minibatches_deal_the_groups_out_in_turn():
     assert list(minibatches(["a", "b", "c"], 2)) == [["a", "c"], ["b"]]
 
 
+FAULTY = (("", "unclosed think block"), ("two answers", ""))
+
+
 def test_the_log_line_is_a_mean_over_completions():
     groups = [
         [Completion([1, 2], [0.0, 0.0], True), Completion([3], [0.0], False)] for _ in range(2)
@@ -153,19 +157,14 @@ def test_the_log_line_is_a_mean_over_completions():
         [Reward(1.0, parts), Reward(2.0, parts | {"out": 0.0})],
         [Reward(1.5, parts), Reward(1.5004, parts)],  # as good as equal: flat
     ]
-    facts = {
-        "tau": 0.2,
-        "loss": None,
-        "kl": None,
-        "skipped": 0,
-        "seconds": {"rollout": 0.5},
-    }
-    line = log_line(7, groups, rewards, facts)
+    responses = [[Response("", None, False, fault=fault) for fault in pair] for pair in FAULTY]
+    line = log_line(7, groups, responses, rewards)
     assert line.pop("reward") == pytest.approx(6.0004 / 4)
-    assert line == {
+    faults = {name: share for name, share in line.items() if name.startswith("fault") and share}
+    assert faults == {"fault, cut off": 0.25, "fault, two answers": 0.25}
+    assert {name: value for name, value in line.items() if not name.startswith("fault")} == {
         **dict(step=7, fmt=1.0, out=0.75, struct=0.5, content=None, len=1.0, new=0.25, tau=0.2),
-        **dict(flat_groups=0.5, length=1.5, finished=0.5, completions=4, loss=None, kl=None),
-        **dict(skipped=0, seconds={"rollout": 0.5}, tokens_per_second=6 / 0.5),
+        **dict(flat_groups=0.5, length=1.5, finished=0.5, completions=4),
     }
 
 
