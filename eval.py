@@ -243,8 +243,8 @@ def measure(
 
 def lenient_answer(text: str, problem: Problem) -> str | None:
     """Return the letter in the last line that reads as an answer, or that names a single letter."""
-    for line in reversed(plain(text).splitlines()):
-        line = re.sub(r"(?i)</?(?:think|answer)>", " ", line)
+    lines = re.sub("(?i)</?(?:think|answer)>", "\n", plain(text)).splitlines()
+    for line in reversed(lines):
         spans = letter_mentions(line, problem)
         named = {re.findall("[A-Z]", line[start:end])[-1] for start, end in spans}
         answer = read_answer(line, problem) or "".join(named)

@@ -20,6 +20,7 @@ from eval import (
     estimate,
     evaluate,
     interval,
+    lenient_answer,
     measure,
     read_benchmark,
     read_all,
@@ -734,6 +735,48 @@ def test_measures_by_hand():
     assert re.search(r"shortcut gap +5 +0\.167", table({"before": result, "after": result}))
     only = summarise(records[:1])
     assert only["control"] is None and only["shortcut_gap"] is None
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("B. the drawer", "B"),
+        ("The answer is C.", "C"),
+        ("(A) or (B)?\nI think it is option B, because he left.", "B"),
+        ("A. the box\n\nthe drawer", "B"),  # an option's text, alone
+        ("Option A, then option B.", None),  # two letters in one line
+        ("Option A.\nOption A, then option B.", "A"),  # so the line before it counts
+        ("<think>x <answer>b</answer>", "B"),
+        ("I do not know.", None),
+        ("", None),
+        ("\n" * 100_000, None),
+    ],
+)
+def test_a_lenient_reading_takes_the_last_line_that_holds_one_answer(text, letter):
+    problem = Problem("s", "q", ("the box", "the drawer", "the bag"), letter or "A")
+    assert lenient_answer(text, problem) == letter
+    record = measure(problem, text, 5)
+    assert record["lenient"] == (letter is not None) and not record["correct"]
+
+
+def test_failures_are_counted_by_cause():
+    problem = Problem("s", "q", ("a", "b"), "A")
+    records = [
+        measure(problem, answered("A"), 5) | {"item": 0},
+        measure(problem, "A", 5) | {"item": 1},
+        measure(problem, "<think> and so", 9, finished=False) | {"item": 2},
+        measure(problem, answered("A"), 9, finished=False) | {"item": 3},  # at its very end
+    ]
+    result = summarise(records)
+    found = {key: value for key, value in result["overall"].items() if key.startswith("fault")}
+    assert {key: value for key, value in found.items() if value} == {
+        "fault, cut off": 0.25,
+        "fault, no think block": 0.25,
+    }
+    assert result["overall"]["lenient"] == 0.75 and result["accuracy"] == 0.5
+    shown = {row[0]: row[2] for row in table_rows({"x": result})}
+    assert shown["fault, cut off"] == "0.250" and "fault, two answers" not in shown
+    assert shown["lenient"] == "0.750"
 
 
 def test_where_an_option_is_first_named():

@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from grpo import GRPOConfig, Group, Policies, Run, checkpoints, load_problems
 from grpo import log_line, micro_batches, minibatches, problems_of_step, train, update
 from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
-from socialr1 import Response
+from socialr1 import Response, generate_stories
 from socialr1 import TINY, TINY_CONTENT, build_messages, generate_problems
 
 CONFIG = GRPOConfig(
@@ -412,3 +412,118 @@ def test_the_command_line(tmp_path, command):
             code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
         ), (arguments, err)
     assert not (tmp_path / "none").exists()
+
+
+# ------------------------------------------------------------------------------- the first step, the warm-up
+
+
+def test_the_first_rollout_says_what_to_do(tmp_path, untrained, capsys):
+    """A policy with random weights writes nothing that can be read, up to the limit."""
+    train(run_in(tmp_path / "a", untrained, steps=2))
+    told = capsys.readouterr().out
+    assert told.count("first rollout: 0% well-formed, 100% cut off; 100% of the groups") == 1
+    assert told.count("a response: ") == 1
+    for flags in ("--warm-up and --instructions", "--max-new-tokens, which is 24", "no spread"):
+        assert told.count(flags) == 1
+    line = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[1])
+    assert line["fault, cut off"] == 1 and line["fault, no think block"] == 0
+    # nothing to complain about
+    train(run_in(tmp_path / "b", TINY, steps=1, max_new_tokens=160, group_size=8, prompts=4))
+    told = capsys.readouterr().out
+    assert "first rollout: " in told and "WARNING" not in told
+
+
+def test_a_warm_up_lowers_the_loss_that_torch_computes(tmp_path, untrained):
+    """The first loss is the cross entropy of the traces' tokens, and more updates lower it."""
+    changes = dict(warm_up=3, warm_up_lr=3e-3, steps=1, save_every=2, token_budget=300)
+    train(run_in(tmp_path, untrained, **changes))
+    log = (tmp_path / "warm-up" / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log]
+    assert [line["lr"] for line in lines] == pytest.approx([3e-4, 6e-4, 9e-4])
+
+    model, tokenizer = load_model(untrained), Tokenizer(untrained)
+    stories = generate_stories(4000 + 24, 0)[4000:]
+    order = problems_of_step(stories, 0, 8, 0)
+    total = tokens = 0
+    for story in order:
+        prompt = tokenizer.chat(build_messages(story.problem))
+        ids = tokenizer.encode(story.trace) + [tokenizer.backend.token_to_id("<|im_end|>")]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+        total += float(
+            torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
+        )
+        tokens += len(ids)
+    assert lines[0]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert lines[2]["loss"] < lines[1]["loss"] < lines[0]["loss"]
+    # GRPO begins from the model of the warm-up, and asks about other stories
+    training = {p.story for p in load_problems(run_in(tmp_path, untrained))[0]}
+    assert not training & {story.problem.story for story in stories}
+    warm = load_model(tmp_path / "warm-up" / "checkpoint-000003")
+    assert not torch.equal(warm.norm.weight, model.norm.weight)
+
+
+def test_a_warm_up_that_was_interrupted_goes_on(tmp_path, untrained, monkeypatch):
+    changes = dict(warm_up=4, steps=2, save_every=1, beta=0.04)
+    train(run_in(tmp_path / "whole", untrained, **changes))
+    imitate = grpo.imitate
+
+    def interrupted(policies, examples, step, config):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return imitate(policies, examples, step, config)
+
+    monkeypatch.setattr(grpo, "imitate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run_in(tmp_path / "broken", untrained, **changes))
+    monkeypatch.setattr(grpo, "imitate", imitate)
+    assert [path.name for path in checkpoints(tmp_path / "broken" / "warm-up")][-1:] == [
+        "checkpoint-000002"
+    ]
+    with pytest.raises(ValueError, match="warm-up holds a run already: --resume it"):
+        train(run_in(tmp_path / "broken", untrained, **changes))
+    train(run_in(tmp_path / "broken", untrained, **changes), resume=True)
+    for name in ("checkpoint-000002", "warm-up/checkpoint-000004"):
+        whole, broken = (weights(tmp_path / run / name) for run in ("whole", "broken"))
+        assert all(torch.equal(a, b) for a, b in zip(whole, broken))
+    with pytest.raises(ValueError, match="not the same run: warm_up was 4, is 5"):
+        train(run_in(tmp_path / "broken", untrained, **changes | {"warm_up": 5}), resume=True)
+
+
+def test_traces_of_the_users_own_data(tmp_path, untrained):
+    stories = generate_stories(12, 3)
+    rows = [asdict(story.problem) | {"trace": story.trace} for story in stories]
+    file = tmp_path / "data.jsonl"
+
+    def start(rows):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = run_in(tmp_path / "run", untrained, warm_up=1, steps=1)
+        train(replace(run, data=[file]))
+
+    with pytest.raises(ValueError, match="--warm-up: 4 rows of --data have a trace; 8 or more"):
+        start([row | {"trace": row["trace"] * (i < 4)} for i, row in enumerate(rows)])
+    with pytest.raises(ValueError, match="problem 'x': its trace is no correct response"):
+        start([rows[0] | {"id": "x", "trace": rows[0]["trace"][:-3]}, *rows[1:]])
+    assert not (tmp_path / "run" / "warm-up").exists()
+    start(rows)
+    assert (tmp_path / "run" / "checkpoint-000001").is_dir()
+
+
+def test_other_instructions_are_asked_with_and_kept(tmp_path, monkeypatch, capsys):
+    """The tiny template leaves the system message out, so the messages themselves are looked at."""
+    (tmp_path / "told.txt").write_text("Answer in two blocks.\n")
+    seen, chat = set(), Tokenizer.chat
+
+    def recorded(self, messages, thinking=True):
+        seen.update(m["content"] for m in messages if m["role"] == "system")
+        return chat(self, messages, thinking)
+
+    monkeypatch.setattr(Tokenizer, "chat", recorded)
+    run = run_in(tmp_path / "run", TINY, steps=1, eval_problems=2, warm_up=1)
+    train(replace(run, instructions=tmp_path / "told.txt"))
+    assert seen == {"Answer in two blocks."}
+    kept = tmp_path / "run" / "instructions.txt"
+    assert kept.read_text() == "Answer in two blocks."
+    assert f"--instructions {kept}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not the same run: instructions was"):
+        train(run, resume=True)

@@ -527,6 +527,20 @@ def test_chat_renders_the_template_and_decode_drops_special_tokens(tmp_path):
     assert Tokenizer(tmp_path).render(messages) == "Hé 漢?"
 
 
+def test_completion_ids_are_what_completion_text_reads(tmp_path):
+    messages = [{"role": "user", "content": "x"}]
+    text = "<think>\nwhy\n</think>\n<Answer> B </Answer>"
+    tokenizer = Tokenizer(tokenizer_folder(tmp_path))  # its template opens <think>, and a line
+    prompt = tokenizer.chat(messages)
+    ids = tokenizer.completion_ids(prompt, text)
+    assert tokenizer.backend.id_to_token(ids[-1]) == "</s>"
+    assert tokenizer.decode(prompt + ids, special=True).endswith(f"assistant:{text}</s>")
+    assert tokenizer.completion_text(prompt, ids) == text.replace("<think>\n", "<think>")
+    prompt = tokenizer.chat(messages, thinking=False)
+    ids = tokenizer.completion_ids(prompt, text)
+    assert tokenizer.completion_text(prompt, ids) == text
+
+
 def test_a_template_draws_no_random_numbers(tmp_path):
     messages = [{"role": "user", "content": "x"}]
     for template in ("{{ [1, 2, 3] | random }}", "{{ lipsum() }}"):

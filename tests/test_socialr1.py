@@ -13,6 +13,8 @@ import pytest
 
 from socialr1 import (
     ABILITIES,
+    FAULTS,
+    INSTRUCTIONS,
     MAIN,
     SHIFT,
     STAGES,
@@ -27,6 +29,7 @@ from socialr1 import (
     generate_problems,
     generate_stories,
     parse_response,
+    read_instructions,
     read_rows,
     setting,
     stage_spans,
@@ -728,3 +731,38 @@ def test_flags_are_made_from_settings():
     single = argparse.ArgumentParser()
     Oven.add_flags(single)
     assert "trays in it (2)" in " ".join(single.format_help().split())
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("<think>x</think><Answer> B </Answer>", ""),
+        ("The key is in the drawer.", "no think block"),
+        ("x</think><Answer> B </Answer>", "no think block"),
+        ("<THINK>x <Answer> B </Answer>", "unclosed think block"),
+        ("<think> \n</think><Answer> B </Answer>", "empty think block"),
+        ("<think>x</think> B", "no answer block"),
+        ("<think>x</think><Answer> B", "no answer block"),
+        ("<think>x</think><Answer>B</Answer><Answer>B</Answer>", "two answers"),
+        ("<think>x</think><Answer> the truth </Answer>", "unreadable answer"),
+        ("So: <think>x</think><Answer> B </Answer>", "text outside"),
+        ("<think>x</think><Answer> B </Answer><|im_start|>", "text outside"),
+        ("", "no think block"),
+    ],
+)
+def test_why_a_response_is_not_well_formed(text, fault):
+    response = parse_response(text, PROBLEM)
+    assert (response.fault, response.well_formed) == (fault, not fault)
+    assert fault in ("", *FAULTS)
+    # at the length limit, that is the reason
+    assert response.cause(finished=False) == ("cut off" if fault else "")
+    assert response.cause(finished=True) == fault
+
+
+def test_instructions_from_a_file(tmp_path):
+    file = tmp_path / "told.txt"
+    file.write_text(" Be brief. \n")
+    assert read_instructions(file) == "Be brief." and read_instructions(None) == INSTRUCTIONS
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="--instructions .*told.txt: the file is empty"):
+        read_instructions(file)
