@@ -400,7 +400,7 @@ def tell_first_rollout(line: dict, response: str, config: GRPOConfig) -> None:
     told = [f"first rollout: {line['fmt']:.0%} well-formed", *told]
     tqdm.write(f"{', '.join(told)}; {line['flat_groups']:.0%} of the groups without spread")
     said = " ".join(response.split())
-    tqdm.write(f"a response: {said[:300]}" + f" ... {said[-100:]}" * (len(said) > 300))
+    tqdm.write(f"a response: {said[:200]}" + f" ... {said[-100:]}" * (len(said) > 200))
     if line["fmt"] < 0.2:
         tqdm.write("WARNING: what is not well-formed earns 0: see --warm-up and --instructions")
     if faults["cut off"] > 0.2:

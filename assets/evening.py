@@ -1,0 +1,134 @@
+"""The evening run: does the reward make a real pretrained model reason better?
+
+    python assets/evening.py MODEL DIR [--steps N] [--jobs 2] [--data FILES]
+
+MODEL is SmolLM2-135M-Instruct, or another small checkpoint. What is done, with the commands that it
+prints, one thread for each of the jobs:
+
+    1. a warm-up of 140 updates on 1,120 correct traces of generated stories    DIR/warm
+    2. GRPO from there, seeds 0, 1 and 2, with the full reward                   DIR/full0 ...
+       and with R_out alone, for the same number of steps                        DIR/out0 ...
+    3. evaluation of MODEL, of the warmed-up model and of the six others         DIR/*.json
+       on 400 test and 400 shift stories, sampled and greedy
+    4. tables, and paired differences with intervals                             DIR/tables.txt
+
+It takes hours. Interrupted, it goes on where it was, with the same command. `--data` names files of
+a benchmark that is asked greedily, too, as a check on what else has changed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from eval import aligned, compare_rows, read_result, summarise, table_rows  # noqa: E402
+
+CONTENT = ROOT / "assets" / "content"
+COMMON = "--prompts 4 --group-size 8 --max-new-tokens 128 --min-length 16 --beta 0 --no-recompute"
+COMMON += " --eval-problems 0 --eval-every 0 --save-every 5"
+UPDATES = 140
+SEEDS = (0, 1, 2)
+KINDS = {"full": "", "out": "--without struct,content,len"}
+SETS = {
+    f"{split}-{mode}": f"--split {split} --limit 400 {flags}"
+    for split in ("test", "shift")
+    for mode, flags in (("sampled", "--temperature 1"), ("greedy", ""))
+}
+
+
+def call(done: Path, script: str, *arguments: object) -> None:
+    """Run one of the project's commands, unless the file or folder that it leaves exists."""
+    if done.exists():
+        return
+    command = [sys.executable, str(ROOT / script)]
+    for argument in arguments:
+        command += [str(argument)] if isinstance(argument, Path) else str(argument).split()
+    print(" ".join(["$ python", script, *command[2:]]), flush=True)
+    with open(f"{done}.log", "a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+
+
+def train(out: Path, last: int, *arguments: object) -> Path:
+    """Train, or go on with it; return the last checkpoint."""
+    checkpoint = out / f"checkpoint-{last:06d}"
+    resume = ["--resume"] if out.is_dir() else []
+    call(checkpoint, "grpo.py", *arguments, COMMON, "--out", out, *resume)
+    return checkpoint
+
+
+def evaluate(model: Path, name: str, folder: Path, data: list[Path]) -> None:
+    sets = dict(SETS)
+    for dataset, flags in sets.items():
+        json = folder / f"{name}-{dataset}.json"
+        common = ("--content", CONTENT, "--max-new-tokens 128 --json", json)
+        call(json, "eval.py", "--model", model, flags, *common)
+    if data:
+        json = folder / f"{name}-data.json"
+        call(
+            json, "eval.py", "--model", model, "--data", *data, "--max-new-tokens 192 --json", json
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("--steps", type=int, default=75)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--data", type=Path, nargs="+", default=[])
+    args = parser.parse_args()
+    args.dir.mkdir(parents=True, exist_ok=True)
+
+    # The warm-up belongs to a run of its own, of one step.
+    warm = args.dir / "warm"
+    train(warm, 1, "--model", args.model, "--content", CONTENT, f"--warm-up {UPDATES} --steps 1")
+    warmed = warm / "warm-up" / f"checkpoint-{UPDATES:06d}"
+
+    def run(kind: str, seed: int) -> None:
+        name, settings = f"{kind}{seed}", f"{KINDS[kind]} --seed {seed} --steps {args.steps}"
+        learning = "--lr 2e-5 --warmup-steps 5"
+        given = ("--model", warmed, "--content", CONTENT, learning, settings)
+        evaluate(train(args.dir / name, args.steps, *given), name, args.dir, args.data)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(run, kind, seed) for seed in SEEDS for kind in KINDS]
+        jobs.append(pool.submit(evaluate, warmed, "warm", args.dir, args.data))
+        jobs.append(pool.submit(evaluate, args.model, "base", args.dir, args.data))
+        for job in jobs:
+            job.result()
+    tables = "\n\n".join(make_tables(args.dir, [*SETS, *(["data"] if args.data else [])]))
+    (args.dir / "tables.txt").write_text(tables + "\n", encoding="utf-8")
+    print(tables)
+
+
+def pooled(folder: Path, kind: str, dataset: str) -> dict:
+    """Read the results of all seeds as one, with a seed's response as a sample of the problem."""
+    records = []
+    for seed in SEEDS:
+        result = read_result(folder / f"{kind}{seed}-{dataset}.json")
+        records += [record | {"sample": seed} for record in result["responses"]]
+    return summarise(sorted(records, key=lambda record: record["item"]))
+
+
+def make_tables(folder: Path, datasets: list[str]) -> list[str]:
+    """Make a table for each set of problems, and the differences that the question is about."""
+    tables = []
+    for dataset in datasets:
+        results = {
+            name: read_result(folder / f"{name}-{dataset}.json") for name in ("base", "warm")
+        }
+        results |= {f"{kind}, 3 seeds": pooled(folder, kind, dataset) for kind in KINDS}
+        tables.append(f"{dataset}\n{aligned(table_rows(results, list(results)))}")
+        base, warm, full, out = results.values()
+        for a, b, names in ((warm, full, ("warm", "full")), (out, full, ("out", "full"))):
+            tables.append(f"{dataset}\n{aligned(compare_rows(a, b, names))}")
+    return tables
+
+
+if __name__ == "__main__":
+    main()
