@@ -461,11 +461,11 @@ def cell(key: str, value: float | None, bounds: Sequence[float] | None = None) -
 # was dropped. In place of a problem a reader may yield the reason why there is none. The names of
 # the row's cells have lost their case, blanks and marks: "question type" is "questiontype".
 #
-# The rest is common to all. An option may begin with its letter. The answer may be a letter, an
-# option's text or a place. A cell may be missing, or have blanks around it. Where a file gives the
-# options in no order, or the right letter is biased, they are shuffled, each problem's with a seed
-# of its own. All that is repaired or left out is noted with its rows. The traps that single lines
-# are for were counted in the complete original files.
+# The rest is common to all. The options of a problem may begin with their letters. Answers may be
+# letters, texts of options or places; the whole file decides which. A cell may be missing, or have
+# blanks around it. Where a file gives the options in no order, or the right letter is biased, they
+# are shuffled, each problem's with a seed of its own. All that is repaired or left out is noted
+# with its rows. The traps that single lines are for were counted in the complete original files.
 
 TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why

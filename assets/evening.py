@@ -40,7 +40,7 @@ SETS = {
 }
 
 
-def call(done: Path, script: str, *arguments: object) -> None:
+def call(done: Path, log: Path, script: str, *arguments: object) -> None:
     """Run one of the project's commands, unless the file or folder that it leaves exists."""
     if done.exists():
         return
@@ -48,16 +48,16 @@ def call(done: Path, script: str, *arguments: object) -> None:
     for argument in arguments:
         command += [str(argument)] if isinstance(argument, Path) else str(argument).split()
     print(" ".join(["$ python", script, *command[2:]]), flush=True)
-    with open(f"{done}.log", "a") as log:
+    with open(log, "a") as output:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+        subprocess.run(command, check=True, stdout=output, stderr=output, env=environment)
 
 
 def train(out: Path, last: int, *arguments: object) -> Path:
     """Train, or go on with it; return the last checkpoint."""
     checkpoint = out / f"checkpoint-{last:06d}"
     resume = ["--resume"] if out.is_dir() else []
-    call(checkpoint, "grpo.py", *arguments, COMMON, "--out", out, *resume)
+    call(checkpoint, out.with_suffix(".log"), "grpo.py", *arguments, COMMON, "--out", out, *resume)
     return checkpoint
 
 
@@ -66,7 +66,7 @@ def evaluate(model: Path, name: str, folder: Path, data: list[Path]) -> None:
     for dataset, flags in sets.items():
         json = folder / f"{name}-{dataset}.json"
         common = ("--content", CONTENT, "--max-new-tokens 128 --json", json)
-        call(json, "eval.py", "--model", model, flags, *common)
+        call(json, json.with_suffix(".log"), "eval.py", "--model", model, flags, *common)
     if data:
         json = folder / f"{name}-data.json"
         call(
