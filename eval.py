@@ -24,8 +24,8 @@ speaks to one of them. The process measures are those from parse_rate on:
 
     accuracy       responses with the right letter; one without a readable answer is wrong
     lenient        the same, but where there is no such answer, the last line counts that can be
-                   read as one, or that names a single letter [O]: what grows less than the
-                   accuracy was there before, and only the form was learned
+                   read as one, or that names a single letter [O]. If the accuracy grows and this
+                   does not, only the form was learned
     macro          the mean of the benchmarks' accuracies, as in the paper's main table [P]
     hard, control  the accuracy on generated stories where a shortcut, "people know whatever the
                    reader knows", leads to a wrong option, and on their twins, where it leads to
@@ -75,17 +75,10 @@ from model import check_device, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
 from rewards import WORD, letter_mentions, load_content_model, option_mentions, order_fraction
 from rewards import plain, total_reward, words
-from socialr1 import ASSETS, FAULTS, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
+from socialr1 import ASSETS, CAUSES, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
 from socialr1 import build_messages, even_out, exit_on_error, generate_problems, parse_response
-from socialr1 import (
-    read_answer,
-    read_instructions,
-    read_rows,
-    setting,
-    stage_spans,
-    write_json,
-    write_text,
-)
+from socialr1 import read_answer, read_instructions, read_rows, setting, stage_spans
+from socialr1 import write_json, write_text
 
 
 # ------------------------------------------------------------------------------ answering problems
@@ -113,9 +106,7 @@ def evaluate(
         raise ValueError("no problems to evaluate")
     config = EvalConfig(**settings)
     longest = config.max_new_tokens or tokenizer.max_new_tokens
-    done = {}
-    if journal:
-        tokenizer.moment, done = read_journal(journal, tokenizer.moment)
+    tokenizer.moment, done = read_journal(journal, tokenizer.moment)
     chats = [build_messages(problem, instructions) for problem in problems]
     prompts = [tokenizer.chat(messages, config.thinking) for messages in chats]
     check_lengths(model.config, problems, prompts, longest)
@@ -161,13 +152,15 @@ def check_lengths(config: ModelConfig, problems: list, prompts: list, max_new_to
             raise ValueError(f"problem {problem.id!r}: {tokens} exceed the context, {context}")
 
 
-def read_journal(journal: Path, moment: float) -> tuple[float, dict[str, list]]:
+def read_journal(journal: Path | None, moment: float) -> tuple[float, dict[str, list]]:
     """Return when an evaluation began, and its answers by name; a new one begins at `moment`.
 
     One line holds the moment, and each other one the answers to a prompt: the text of each sample,
     its number of tokens, and whether it was finished. An interruption can leave a torn last line,
     which is cut off. ValueError: the file is no journal.
     """
+    if not journal:
+        return moment, {}
     lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
     complete = [line for line in lines if line.endswith(b"\n")]
     complete = complete or [json.dumps(["moment", moment]).encode() + b"\n"]
@@ -209,7 +202,10 @@ def ground(content: ContentModel, problem: Problem, text: str) -> dict[str, floa
 def measure(
     problem: Problem, text: str, length: int, content=None, config=RewardConfig(), finished=True
 ) -> dict:
-    """Measure one response of `length` tokens: all that the tables and the page show of it."""
+    """Measure one response of `length` tokens: all that the tables and the page show of it.
+
+    `content` has a score from 0 to 1 for each stage, if there is a content model.
+    """
     response = parse_response(text, problem)
     think = response.think
     named = [start for _, start, _ in locate_options(think, problem)]
@@ -235,7 +231,7 @@ def measure(
         "terms": reward.parts,
         "content": content,
         **{f"content, {stage}": value for stage, value in (content or {}).items()},
-        **{f"fault, {name}": response.cause(finished) == name for name in ("cut off", *FAULTS)},
+        **{f"fault, {name}": response.cause(finished) == name for name in CAUSES},
         "text": text,
         "finished": finished,
     }
@@ -243,12 +239,13 @@ def measure(
 
 def lenient_answer(text: str, problem: Problem) -> str | None:
     """Return the letter in the last line that reads as an answer, or that names a single letter."""
-    lines = re.sub("(?i)</?(?:think|answer)>", "\n", plain(text)).splitlines()
+    lines = re.sub(r"(?i)</?(?:think|answer)>|\\boxed\{|\}", "\n", plain(text)).splitlines()
     for line in reversed(lines):
         spans = letter_mentions(line, problem)
         named = {re.findall("[A-Z]", line[start:end])[-1] for start, end in spans}
+        listed = re.search(r"(?:,|/|\bor\b|\band\b) *[A-Z]\b", line)  # "B or C"
         answer = read_answer(line, problem) or "".join(named)
-        if len(answer) == 1:
+        if len(answer) == 1 and not listed:
             return answer
     return None
 
@@ -306,8 +303,8 @@ def normalise(story: str) -> str:
 # The rows of a table, and what grpo.py logs during training.
 ACCURACIES = ("accuracy", "lenient", "macro", "hard", "control", "shortcut_gap")
 PROCESS = "parse_rate well_formed coverage order stage_order option_early first_option".split()
-REASONS = [f"fault, {name}" for name in ("cut off", *FAULTS)]
-PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES), *REASONS]
+PROCESS += ["repetition", "length", "reward", *(f"content, {stage}" for stage in STAGES)]
+FAILURES = [f"fault, {name}" for name in CAUSES]
 MEASURES = "accuracy hard control shortcut_gap parse_rate stage_order option_early length".split()
 SPLITS = {"by_benchmark": "benchmark", "by_file": "source", "by_ability": "ability"}
 
@@ -343,7 +340,7 @@ def make_unit(problems: list[list[dict]]) -> Unit:
     # The accuracy counts units. The process counts responses, but for those without such a value.
     data = {"accuracy": (mean(right), 1), "lenient": (mean(lenient), 1)}
     data |= {name: (mean(right), first["variant"] == name) for name in ("hard", "control")}
-    for key in PROCESS:
+    for key in (*PROCESS, *FAILURES):
         known = [record[key] for record in records if record.get(key) is not None]
         data[key] = (mean(known), len(known))
     # Twins share source and id: they are one story told twice, and drawn together.
@@ -432,9 +429,9 @@ def table_rows(results: dict[str, dict], with_intervals: Sequence[str] = ()) -> 
         return [label, "/".join(counts), *cells]
 
     rows = [["", "n", *results]]
-    for key in (*ACCURACIES, *PROCESS):
+    for key in (*ACCURACIES, *PROCESS, *FAILURES):
         values = [result["overall"].get(key) for result in results.values()]
-        if any(value is not None and (value or key not in REASONS) for value in values):
+        if any(value is not None and (value or key not in FAILURES) for value in values):
             rows.append(row(key.replace("_", " "), "overall", key))
     for section in SPLITS:
         names = sorted(set().union(*(result[section] for result in results.values())))
@@ -684,11 +681,10 @@ def tidy(item: dict) -> tuple[dict, list[str]]:
 
     ValueError: a text is missing, or there are too few or too many options.
     """
-    raw = [item["story"], item["question"], *item["options"]]
-    if not 2 <= len(raw) - 2 <= len(LETTERS):
-        raise ValueError(f"a problem needs 2 to 26 options, got {len(raw) - 2}")
-    story, question, *texts = map(clean, raw)
-    answer = clean(item["answer"])
+    raw = [item["answer"], item["story"], item["question"], *item["options"]]
+    if not 2 <= len(raw) - 3 <= len(LETTERS):
+        raise ValueError(f"a problem needs 2 to 26 options, got {len(raw) - 3}")
+    answer, story, question, *texts = map(clean, raw)
     if "" in texts:
         raise ValueError(f"option {LETTERS[texts.index('')]} is empty")
     if not given(story) or not given(question):
@@ -702,7 +698,7 @@ def tidy(item: dict) -> tuple[dict, list[str]]:
         "a line that is no part of the story": item.get("cut"),
         "blanks around a text": any(isinstance(x, str) and x != x.strip() for x in raw),
         "a letter before an option's text": lettered,
-        "more than a letter as answer": bool(re.match(r"\(?[A-Z][.)]", answer)),
+        "more than a letter as answer": answer not in texts and re.match(r"\(?[A-Z]\W", answer),
     }
     options = dict(zip(LETTERS, bare if lettered else texts))
     item = item | dict(story=story, question=question, options=options, answer=answer)
@@ -759,8 +755,7 @@ def make_problem(item: dict, gold: str, reader: Reader) -> Problem:
         order = random.Random(f"{reader.name} {item['id']}").sample(order, len(order))
     names = ("story", "question", "ability", "source", "id", "variant", "joint", "trace")
     given = {name: item.get(name, "") for name in names}
-    texts = [options[letter] for letter in order]
-    return Problem(**given, options=texts, answer=LETTERS[order.index(gold)])
+    return Problem(**given, options=[options[o] for o in order], answer=LETTERS[order.index(gold)])
 
 
 Reading = tuple[list[Problem], list[str]]  # problems, notes
@@ -891,7 +886,8 @@ def read_benchmark(path: str | Path, name: str | None = None, lang: str = "en") 
     """Read one of the eight benchmarks in its original files, or our JSONL; a file or a folder.
 
     The benchmark is recognised from the columns. Our JSONL has story, question, options (a list)
-    and answer (a letter), and may have ability, source, id and variant. ValueError names the line.
+    and answer (a letter), and may have ability, source, id, variant and trace. ValueError names the
+    line.
     """
     return read_files(Path(path), name, lang)[0]
 

@@ -85,6 +85,7 @@ which is enough to read it, `summed`, `maximum` and `full_copy` return what they
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import itertools
 import json
@@ -120,20 +121,13 @@ from tqdm import tqdm
 from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate
 from eval import normalise, read_all, spread_problems, table
 from model import REORDER_LIMIT, SAMPLING_BUDGET, TOKENIZER_FILES, ChunkedLogProbs, Completion
-from model import (
-    Diverged,
-    ModelConfig,
-    Tokenizer,
-    Transformer,
-    check_device,
-    completion_logprobs,
-    generate,
-)
-from model import load_model, logits_in_tokens, logprobs_and_entropy, new_folder, open_weights, pad
-from model import prefill_tokens, read_config, read_json, weight_files, write_model
-from rewards import ContentModel, RewardConfig, curriculum, load_content_model
+from model import Diverged, ModelConfig, Tokenizer, Transformer, check_device
+from model import completion_logprobs, generate, load_model, logits_in_tokens
+from model import logprobs_and_entropy, new_folder, open_weights, pad, prefill_tokens
+from model import read_config, read_json, weight_files, write_model
+from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model
 from rewards import parse_groups, total_reward
-from socialr1 import FAULTS, TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
+from socialr1 import CAUSES, TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
 from socialr1 import exit_on_error, generate_problems, generate_stories, parse_response
 from socialr1 import read_instructions, setting, write_json, write_text
 
@@ -309,7 +303,7 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     advantages = group_advantages(totals, scale=config.reduction != "dr_grpo")
 
     # 4. Update: make the better ones more likely and the worse ones less.
-    lr = set_rate(training.policies, config.lr, step, rising=config.warmup_steps)
+    lr = set_rate(training.policies, config.lr, step, config.warmup_steps)
     rollout = list(map(Group, prompts, groups, advantages.tolist()))
     metrics = update(training.policies, rollout, config)
     clock.lap("update")
@@ -353,13 +347,10 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     return [problems[i] for i in order[batch * count : (batch + 1) * count]]
 
 
-Grid = list[list]  # P lists of G each: something for every completion
-
-
 def score(
-    problems: list, groups: Grid, responses: Grid, contents: Grid, tau: float, config: RewardConfig
-) -> Grid:
-    """Compute the Reward of every Completion, given its Response and its R_content."""
+    problems: list, groups: list, responses: list, contents: list, tau: float, config: RewardConfig
+) -> list[list[Reward]]:
+    """Compute the Reward of every Completion from its Response and its R_content: P lists of G."""
     rewards = []
     for problem, *columns in zip(problems, groups, responses, contents):
         group = []
@@ -370,7 +361,7 @@ def score(
     return rewards
 
 
-def log_line(step: int, groups: Grid, responses: Grid, rewards: Grid) -> dict:
+def log_line(step: int, groups: list, responses: list, rewards: list) -> dict:
     """Collect means over all completions, in all processes, for a step's line in metrics.jsonl.
 
     What is not known, such as R_content without a content model, is None. "fault, ..." is how many
@@ -384,9 +375,8 @@ def log_line(step: int, groups: Grid, responses: Grid, rewards: Grid) -> dict:
     sums = {term: sum(part[term] for part in parts) for term in known}
     sums["length"] = sum(len(completion.tokens) for completion in completions)
     sums["finished"] = sum(completion.finished for completion in completions)
-    pairs = zip(completions, itertools.chain(*responses))
-    faults = Counter(response.cause(completion.finished) for completion, response in pairs)
-    sums |= {f"fault, {name}": faults[name] for name in ("cut off", *FAULTS)}
+    faults = Counter(r.cause(c.finished) for c, r in zip(completions, itertools.chain(*responses)))
+    sums |= {f"fault, {name}": faults[name] for name in CAUSES}
     counts = summed({"flat": int(flat.sum()), "groups": len(groups), "all": len(completions)})
     line = {"step": step, **dict.fromkeys(parts[0])}  # a term that is not known stays None
     line |= {name: value / counts["all"] for name, value in summed(sums).items()}
@@ -395,12 +385,12 @@ def log_line(step: int, groups: Grid, responses: Grid, rewards: Grid) -> dict:
 
 def tell_first_rollout(line: dict, response: str, config: GRPOConfig) -> None:
     """Tell how the first rollout went; where there is little to learn from, say what helps."""
-    faults = {name: line[f"fault, {name}"] for name in ("cut off", *FAULTS)}
+    faults = {name: line[f"fault, {name}"] for name in CAUSES}
     told = [f"{share:.0%} {name}" for name, share in faults.items() if share]
     told = [f"first rollout: {line['fmt']:.0%} well-formed", *told]
     tqdm.write(f"{', '.join(told)}; {line['flat_groups']:.0%} of the groups without spread")
     said = " ".join(response.split())
-    tqdm.write(f"a response: {said[:200]}" + f" ... {said[-100:]}" * (len(said) > 200))
+    tqdm.write(f"a response: {said[:200]} ... {said[200:][-100:]}")
     if line["fmt"] < 0.2:
         tqdm.write("WARNING: what is not well-formed earns 0: see --warm-up and --instructions")
     if faults["cut off"] > 0.2:
@@ -550,22 +540,19 @@ def train(run: Run, resume: bool = False) -> None:
             line |= evaluate_held_out(training, run, "")
         return line
 
-    finished, checkpoint = run_steps(run, training.policies, state, checkpoint, take_step)
-    if finished == config.steps:
-        evaluate_held_out(training, run, "after")
-        if step_of(checkpoint) < finished:  # the last update was skipped, but the weights do answer
-            checkpoint = save_checkpoint(run, training.policies, finished, state)
-        remove_older(run, checkpoint)
-    report(run, finished, checkpoint or run.model)
+    checkpoint, stopped = run_steps(run, training.policies, state, checkpoint, take_step)
+    if stopped:
+        tell_how_to_go_on(run.out, checkpoint, config.steps)
+        return
+    evaluate_held_out(training, run, "after")
+    remove_older(run, checkpoint)
+    report(run, checkpoint)
 
 
 def run_steps(
     run: Run, policies: Policies, state: dict, checkpoint: Path | None, take_step: Callable
-) -> tuple[int, Path | None]:
-    """Take the steps from a checkpoint on, until the last one or an interrupt; log, and save.
-
-    -> the steps that are finished, and the newest checkpoint
-    """
+) -> tuple[Path | None, bool]:
+    """Take the steps from a checkpoint on; return the newest one, and whether it was stopped."""
     config, finished = run.config, step_of(checkpoint)
     bar = dict(desc=run.out.name, total=config.steps, initial=finished, disable=rank() > 0)
     bar = tqdm(range(finished, config.steps), unit="step", **bar)
@@ -586,14 +573,17 @@ def run_steps(
                     checkpoint = save_checkpoint(run, policies, finished, state)
             show(bar, line)  # after saving: the terminal may be gone
             if stopping:
-                break
-    return finished, checkpoint
+                return checkpoint, True
+    if step_of(checkpoint) < finished:  # the last update was skipped
+        checkpoint = save_checkpoint(run, policies, finished, state)
+    return checkpoint, False
 
 
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
-    """Load everything; also return the rest of what checkpoints hold, and the one to go on from.
+    """Load everything. Also return a state and the checkpoint to go on from.
 
-    The rest is what identifies the run, and when it began: some chat templates write the date.
+    The state goes into all checkpoints: what identifies the run, and when it began, because some
+    chat templates write the date.
     """
     config, model_config = run.config, read_config(run.model)
     problems, held_out = load_problems(run)
@@ -614,9 +604,8 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     run.out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         write_text(run.out / "instructions.txt", instructions)
-    start = run.model
-    if config.warm_up:
-        start = warm_up(run, problems, tokenizer, instructions, resume)
+    start = warm_up(run, problems, tokenizer, instructions, resume) if config.warm_up else run.model
+    gc.collect()  # the warm-up's model refers to itself if it is sharded, and would stay in memory
     policies = load_policies(replace(run, model=start), checkpoint)
     training = Training(problems, held_out, tokenizer, instructions, content_model, policies)
     return training, {"identity": identity, "moment": tokenizer.moment}, checkpoint
@@ -720,30 +709,38 @@ def warm_up(
     """Teach the policy by imitation; return the folder of the model that GRPO begins from.
 
     This is a small run of its own in OUT/warm-up, with checkpoints, so that it can be gone on with.
-    It imitates traces of --data, or of generated stories that GRPO does not ask about. ValueError:
-    there are none, or one is no well-formed response with the right letter.
+    It imitates the traces of --data, or those of generated stories that GRPO does not ask about.
+    ValueError: there are few, or one is too long or no well-formed response with the right letter.
     """
     config = replace(run.config, steps=run.config.warm_up, beta=0.0, keep=1)  # no reference yet
     run = replace(run, config=config, out=run.out / "warm-up")
     traced = [problem for problem in problems if problem.trace]
-    if not run.data:
+    if not traced:
         stories = generate_stories(GENERATED + config.steps * TRACES, config.seed)[GENERATED:]
         traced = [replace(story.problem, trace=story.trace) for story in stories]
     if len(traced) < TRACES:
         raise ValueError(f"--warm-up: {len(traced)} rows of --data have a trace; {TRACES} or more")
+    state = {"identity": identify(run, traced, {}), "moment": tokenizer.moment}
+    checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
+    maximum(0)  # as in prepare
+    if checkpoint:
+        state = read_json(checkpoint / "state.json")
+        tokenizer.moment = state["moment"]
     examples = []
     for problem in traced:
-        response = parse_response(problem.trace, problem)
-        if not response.well_formed or response.answer != problem.answer:
-            raise ValueError(f"problem {problem.id!r}: its trace is no correct response")
         prompt = tokenizer.chat(build_messages(problem, instructions))
         ids = tokenizer.completion_ids(prompt, problem.trace)
+        response = parse_response(problem.trace, problem)
+        correct = response.well_formed and response.answer == problem.answer
+        if not correct or len(ids) > config.max_new_tokens:
+            expected = f"a correct response of at most {config.max_new_tokens} tokens"
+            raise ValueError(
+                f"problem {problem.id!r} has a trace of {len(ids)}, expected {expected}"
+            )
         examples.append(Group(prompt, [Completion(ids, [], True)], [0.0]))
-
-    state = {"identity": identify(run, traced, {})}
-    checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
     if step_of(checkpoint) == config.steps:
         return checkpoint
+
     policies = load_policies(run, checkpoint)
     run.out.mkdir(exist_ok=True)
 
@@ -751,9 +748,11 @@ def warm_up(
         batch = problems_of_step(examples, step, TRACES, config.seed)
         return imitate(policies, batch[rank() :: world_size()], step, config)
 
-    finished, checkpoint = run_steps(run, policies, state, checkpoint, take_step)
-    if finished < config.steps:
+    checkpoint, stopped = run_steps(run, policies, state, checkpoint, take_step)
+    if stopped:
+        tell_how_to_go_on(run.out.parent, checkpoint, config.steps)
         raise KeyboardInterrupt
+    remove_older(run, checkpoint)
     return checkpoint
 
 
@@ -771,7 +770,7 @@ def imitate(policies: Policies, examples: list[Group], step: int, config: GRPOCo
         loss = -logprobs.sum() / sums["tokens"]
         loss.backward()
         sums["loss"] += float(loss.detach())
-    lr = set_rate(policies, config.warm_up_lr, step, rising=10)
+    lr = set_rate(policies, config.warm_up_lr, step, config.warmup_steps)
     loss = summed(sums)["loss"]
     norm = apply_gradients(policies, loss, config.max_grad_norm)
     return {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(norm is None)}
@@ -800,7 +799,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         try:
-            tqdm.write("stopping after this step, with a checkpoint (Ctrl-C: at once, without)")
+            tqdm.write("stopping after this step (Ctrl-C again: at once, without a checkpoint)")
         except OSError:  # the terminal is gone
             sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -815,8 +814,7 @@ def announce(run: Run, training: Training, checkpoint: Path | None) -> None:
 
 def show(bar: tqdm, line: dict) -> None:
     """Put the numbers to watch beside the progress bar."""
-    names = ("loss",) if "reward" not in line else ("reward", "fmt", "out", "struct", "content")
-    names += ("entropy", "length")
+    names = "reward fmt out struct content entropy length".split() if "reward" in line else ["loss"]
     bar.set_postfix({name: f"{line[name]:.2f}" for name in names if line.get(name) is not None})
 
 
@@ -846,12 +844,14 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def report(run: Run, finished: int, checkpoint: Path) -> None:
+def tell_how_to_go_on(out: Path, checkpoint: Path | None, steps: int) -> None:
+    print(f"\nstopped after step {step_of(checkpoint)} of {steps}")
+    print(f"go on with the same flags and: --out {out} --resume")
+
+
+def report(run: Run, checkpoint: Path | None) -> None:
     """Print at the end what came out, where everything is, and what to do next."""
-    if finished < run.config.steps:
-        print(f"\nstopped after step {finished} of {run.config.steps}: {checkpoint}")
-        print(f"go on with the same flags and: --out {run.out} --resume")
-    elif rank() == 0:
+    if rank() == 0:
         before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
         results = dict(itertools.chain(*zip(before.items(), after.items())))
         print(f"\n{table(results)}" if results else "")
@@ -875,7 +875,9 @@ class GRPOConfig(Settings):
     prompts: int = setting(4, "problems per step (P) [O]; torchrun rounds the default up", low=1)
     group_size: int = setting(5, "completions per problem (G), at least 2 to compare [P]", low=2)
     lr: float = setting(5e-7, "learning rate of AdamW [P]", low=0)
-    warmup_steps: int = setting(10, "steps until the learning rate is reached [O]", low=0)
+    warmup_steps: int = setting(
+        10, "steps in which a learning rate rises to its full value [O]", low=0
+    )
     weight_decay: float = setting(0.0, "of AdamW [O]", low=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm [O]", above=0)
     minibatches: int = setting(1, "updates per rollout [O]", low=1)
@@ -888,7 +890,7 @@ class GRPOConfig(Settings):
     eval_problems: int = setting(8, "held-out problems, before and after; 0: none", low=0)
     eval_every: int = setting(100, "steps between short evaluations; 0: never", low=0)
     save_every: int = setting(50, "steps between checkpoints", low=1)
-    keep: int = setting(2, "checkpoints that are kept", low=1)
+    keep: int = setting(2, "checkpoints that are kept, and one more while steps are made", low=1)
     max_skips: int = setting(3, "steps in a row with a skipped update until the run stops", low=1)
     warm_up: int = setting(0, "updates on correct traces before the first rollout [O]", low=0)
     warm_up_lr: float = setting(1e-4, "learning rate of the warm-up [O]", low=0)
@@ -1042,7 +1044,8 @@ def remove_older(run: Run, newest: Path | None) -> None:
 def last_sound(run: Run) -> Path:
     """Return the newest checkpoint from which a step was made without skipping an update.
 
-    An update can ruin the weights and be finite itself: what it led to may be saved already.
+    If there is none, it is the model that the run began with. An update can ruin the weights and be
+    finite itself, so what it led to may be saved already.
     """
     log = read_log(run.out / "metrics.jsonl")
     made = max((line["step"] for line in log if not line.get("skipped")), default=-1)
@@ -1213,6 +1216,8 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
 
     # Training: one micro-batch, and the gradients of those before it.
     tokens = math.ceil(prompts / config.minibatches) * group
+    if config.warm_up:
+        tokens = max(tokens, TRACES * (prompt_length + T))
     before = 4 * total / workers if tokens > config.token_budget else 0
     tokens = min(tokens, max(config.token_budget, prompt_length + T))
     kept, at_work, at_loss = activations(model, config, tokens, prompt_length, size)
@@ -1281,7 +1286,8 @@ def print_plan(run: Run, memory: float) -> None:
     rows = [[label, *MOMENTS, "where"]]
     for name, sizes in plan.items():
         place = "host" if name in hosted or name.endswith("host") else "device"
-        rows += [[name, *(f"{size / unit:.1f}" for size in sizes), place]] * any(sizes)
+        if any(sizes):
+            rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
     verdict = "fits into" if peak <= 0.95 * memory else "does NOT fit into"
     print(f"{config.prompts} prompts of at most {max(lengths)} tokens, {world_size()} processes:\n")
     print(aligned(rows))
@@ -1355,8 +1361,8 @@ def main() -> None:
     try:
         train(run, args.resume)
     except Diverged as error:
-        remedy = f"begin a new run with --model {last_sound(run)}, another --out, a lower --lr or"
-        remedy += " --max-grad-norm, and all other settings as they are printed above"
+        remedy = f"begin a new run with --model {last_sound(run)}, another --out, a lower learning"
+        remedy += " rate, no --warm-up if that is done, and all other settings as printed above"
         raise Diverged(f"{error}; {remedy}") from None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1115,9 +1115,9 @@ ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 class Tokenizer:
     """A checkpoint's tokenizer, chat template and stop tokens.
 
-    `moment`, in seconds since 1970, is when its chats take place: some templates tell the model the
-    date. Whoever goes on with something sets it to the moment of the beginning, so that midnight
-    changes no prompt.
+    `moment`, in seconds since 1970, is when its chats take place, because some templates tell the
+    model the date. Who goes on with an interrupted run sets it to the moment when the run began, so
+    that midnight changes no prompt.
     """
 
     def __init__(self, path: str | Path):
@@ -1191,7 +1191,7 @@ class Tokenizer:
     def completion_ids(self, prompt: Ids, text: str) -> list[int]:
         """Return the tokens that `completion_text` reads as this text, and a stop token."""
         if self.opens_think(prompt):
-            text = text.removeprefix("<think>").lstrip()
+            text = re.sub(r"(?i)^<think>\s*", "", text)
         eos = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
         return self.encode(text) + [eos if eos in self.stop_ids else self.stop_ids[0]]
 

@@ -253,7 +253,7 @@ def total_reward(
 
         R = R_fmt * (w_out R_out + tau (w_struct R_struct + w_content R_content)) * R_len
 
-    `content` is R_content or a function that computes it; without it there is no R_content. An
+    `content` is R_content, or a function of response and problem that computes it, or None. An
     addend that is off or not computed is 0, a factor that is off is 1, and no weight changes.
     """
     off = config.off

@@ -54,8 +54,8 @@ class Problem:
     Generated problems come in pairs, a "hard" one and its "control" (`variant`), which have the
     same source and id. Problems of one source with the same `joint` count as one, which is right
     when all of them are: EmoBench asks for an emotion and for its cause. `trace` is a correct
-    response, where one is known. ValueError where there are too few or too many options, or where
-    the answer is not the letter of one.
+    response that came with the problem, if any. ValueError where there are too few or too many
+    options, or where the answer is not the letter of one.
     """
 
     story: str
@@ -88,7 +88,7 @@ INSTRUCTIONS = (ASSETS / "instructions.txt").read_text(encoding="utf-8").strip()
 
 def read_instructions(file: Path | None) -> str:
     """Read another system message from a file, or return the usual one; ValueError: it is empty."""
-    instructions = file.read_text(encoding="utf-8").strip() if file else INSTRUCTIONS
+    instructions = read_lines(file).read().strip() if file else INSTRUCTIONS
     if not instructions:
         raise ValueError(f"--instructions {file}: the file is empty")
     return instructions
@@ -133,6 +133,7 @@ class Response:
 
 FAULTS = ("no think block", "unclosed think block", "empty think block", "no answer block")
 FAULTS += ("two answers", "unreadable answer", "text outside")
+CAUSES = ("cut off", *FAULTS)
 
 
 def parse_response(text: str, problem: Problem) -> Response:

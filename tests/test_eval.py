@@ -745,6 +745,9 @@ def test_measures_by_hand():
         ("(A) or (B)?\nI think it is option B, because he left.", "B"),
         ("A. the box\n\nthe drawer", "B"),  # an option's text, alone
         ("Option A, then option B.", None),  # two letters in one line
+        ("Answer: B or C", None),
+        ("The answer is A, B or C", None),
+        ("So \\boxed{B}", "B"),
         ("Option A.\nOption A, then option B.", "A"),  # so the line before it counts
         ("<think>x <answer>b</answer>", "B"),
         ("I do not know.", None),

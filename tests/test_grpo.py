@@ -436,6 +436,7 @@ def test_the_first_rollout_says_what_to_do(tmp_path, untrained, capsys):
 def test_a_warm_up_lowers_the_loss_that_torch_computes(tmp_path, untrained):
     """The first loss is the cross entropy of the traces' tokens, and more updates lower it."""
     changes = dict(warm_up=3, warm_up_lr=3e-3, steps=1, save_every=2, token_budget=300)
+    changes |= dict(warmup_steps=10, max_new_tokens=160)
     train(run_in(tmp_path, untrained, **changes))
     log = (tmp_path / "warm-up" / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in log]
@@ -464,7 +465,7 @@ def test_a_warm_up_lowers_the_loss_that_torch_computes(tmp_path, untrained):
 
 
 def test_a_warm_up_that_was_interrupted_goes_on(tmp_path, untrained, monkeypatch):
-    changes = dict(warm_up=4, steps=2, save_every=1, beta=0.04)
+    changes = dict(warm_up=4, steps=2, save_every=1, beta=0.04, max_new_tokens=160)
     train(run_in(tmp_path / "whole", untrained, **changes))
     imitate = grpo.imitate
 
@@ -495,18 +496,61 @@ def test_traces_of_the_users_own_data(tmp_path, untrained):
     rows = [asdict(story.problem) | {"trace": story.trace} for story in stories]
     file = tmp_path / "data.jsonl"
 
-    def start(rows):
+    def start(rows, out="run", **changes):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        run = run_in(tmp_path / "run", untrained, warm_up=1, steps=1)
-        train(replace(run, data=[file]))
+        changes = dict(warm_up=1, steps=1, max_new_tokens=160) | changes
+        train(replace(run_in(tmp_path / out, untrained, **changes), data=[file]))
 
     with pytest.raises(ValueError, match="--warm-up: 4 rows of --data have a trace; 8 or more"):
         start([row | {"trace": row["trace"] * (i < 4)} for i, row in enumerate(rows)])
-    with pytest.raises(ValueError, match="problem 'x': its trace is no correct response"):
+    with pytest.raises(ValueError, match="problem 'x' has a trace of [0-9]+, expected a correct"):
         start([rows[0] | {"id": "x", "trace": rows[0]["trace"][:-3]}, *rows[1:]])
+    with pytest.raises(ValueError, match="expected a correct response of at most 20 tokens"):
+        start(rows, max_new_tokens=20)
     assert not (tmp_path / "run" / "warm-up").exists()
     start(rows)
     assert (tmp_path / "run" / "checkpoint-000001").is_dir()
+    # data without traces: those of generated stories teach the form
+    start([row | {"trace": ""} for row in rows], out="generated")
+    warm = tmp_path / "generated" / "warm-up" / "checkpoint-000001"
+    assert warm.is_dir() and (tmp_path / "generated" / "checkpoint-000001").is_dir()
+
+
+def test_a_warm_up_that_goes_on_another_day_and_one_whose_last_update_is_skipped(
+    tmp_path, untrained, monkeypatch
+):
+    model = shutil.copytree(untrained, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        '{{ strftime_now("%j") }} ' + Tokenizer(model).template
+    )
+    clock, days, imitate = [0.0], set(), grpo.imitate  # day 001
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+
+    def interrupted(policies, examples, step, config):
+        days.update(Tokenizer(model).decode(example.prompt)[:3] for example in examples)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return imitate(policies, examples, step, config)
+
+    monkeypatch.setattr(grpo, "imitate", interrupted)
+    changes = dict(warm_up=2, steps=1, save_every=1, max_new_tokens=160)
+    with pytest.raises(KeyboardInterrupt):  # in the last update, too
+        train(run_in(tmp_path / "run", model, **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    clock[0] += 86400
+
+    def skipped(policies, examples, step, config):
+        days.update(Tokenizer(model).decode(example.prompt)[:3] for example in examples)
+        return imitate(policies, examples, step, config) | {"skipped": int(step == 2)}
+
+    monkeypatch.setattr(grpo, "imitate", skipped)
+    train(run_in(tmp_path / "run", model, **changes), resume=True)
+    state = json.loads((tmp_path / "run" / "checkpoint-000001" / "state.json").read_text())
+    assert days == {"001"} and state["moment"] == 0.0
+    # the last update is skipped: what the others made is kept, alone
+    train(run_in(tmp_path / "skip", model, **changes | {"warm_up": 3}))
+    names = [path.name for path in checkpoints(tmp_path / "skip" / "warm-up")]
+    assert names == ["checkpoint-000003"]
 
 
 def test_other_instructions_are_asked_with_and_kept(tmp_path, monkeypatch, capsys):
@@ -519,7 +563,7 @@ def test_other_instructions_are_asked_with_and_kept(tmp_path, monkeypatch, capsy
         return chat(self, messages, thinking)
 
     monkeypatch.setattr(Tokenizer, "chat", recorded)
-    run = run_in(tmp_path / "run", TINY, steps=1, eval_problems=2, warm_up=1)
+    run = run_in(tmp_path / "run", TINY, steps=1, eval_problems=2, warm_up=1, max_new_tokens=160)
     train(replace(run, instructions=tmp_path / "told.txt"))
     assert seen == {"Answer in two blocks."}
     kept = tmp_path / "run" / "instructions.txt"

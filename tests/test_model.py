@@ -536,6 +536,7 @@ def test_completion_ids_are_what_completion_text_reads(tmp_path):
     assert tokenizer.backend.id_to_token(ids[-1]) == "</s>"
     assert tokenizer.decode(prompt + ids, special=True).endswith(f"assistant:{text}</s>")
     assert tokenizer.completion_text(prompt, ids) == text.replace("<think>\n", "<think>")
+    assert tokenizer.completion_ids(prompt, text.replace("<think>", "<Think> ")) == ids
     prompt = tokenizer.chat(messages, thinking=False)
     ids = tokenizer.completion_ids(prompt, text)
     assert tokenizer.completion_text(prompt, ids) == text

@@ -763,6 +763,11 @@ def test_instructions_from_a_file(tmp_path):
     file = tmp_path / "told.txt"
     file.write_text(" Be brief. \n")
     assert read_instructions(file) == "Be brief." and read_instructions(None) == INSTRUCTIONS
+    file.write_bytes(b"\xef\xbb\xbfBe brief.")
+    assert read_instructions(file) == "Be brief."
+    file.write_bytes(b"ok\nna\xefve")
+    with pytest.raises(ValueError, match="told.txt:2: not UTF-8"):
+        read_instructions(file)
     file.write_text("\n")
     with pytest.raises(ValueError, match="--instructions .*told.txt: the file is empty"):
         read_instructions(file)
