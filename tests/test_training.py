@@ -71,7 +71,7 @@ def random_ids(rng: random.Random, count: int) -> list[int]:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_those_of_the_naive_batch(recompute):
     rng = random.Random(1)
-    model = random_model(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=4000)
+    model = random_model(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=4000).double()
     model.checkpointing = recompute
     prompts = [random_ids(rng, n) for n in (40, 7, 23)]
     groups = [
@@ -94,19 +94,20 @@ def test_gradients_are_those_of_the_naive_batch(recompute):
     for row, (p, c) in zip(tokens, rows):
         row[: len(p) + len(c)] = torch.tensor(p + c)
     everything = model(tokens).log_softmax(dim=-1)  # (B, L, V)
-    plain, plain_entropies = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    plain = torch.zeros(mask.shape, dtype=torch.float64)
+    plain_entropies = torch.zeros(mask.shape, dtype=torch.float64)
     for i, (p, c) in enumerate(rows):
         ahead = everything[i, len(p) - 1 : len(p) + len(c) - 1]
         plain[i, : len(c)] = ahead.gather(1, torch.tensor(c)[:, None])[:, 0]
         plain_entropies[i, : len(c)] = -(ahead.exp() * ahead).sum(dim=1).detach()
-    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed, plain, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(entropies, plain_entropies, atol=1e-9, rtol=1e-9)
     for (name, _), ours, theirs in zip(
         model.named_parameters(),
         gradients,
         torch.autograd.grad(loss_of(plain, mask), list(model.parameters())),
     ):
-        assert (ours - theirs).norm() <= 1e-5 * theirs.norm(), name
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm(), name
 
 
 def test_chunked_log_probabilities_are_exact(monkeypatch):
