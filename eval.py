@@ -1126,6 +1126,8 @@ def run(command: Command) -> dict:
         problems = spread_problems(problems, command.limit or len(problems))
     else:
         problems = generate_problems(command.limit or 400, command.seed, command.split)
+        if command.lang != "en":
+            print(f"generated stories are in English, so --lang {command.lang} changes nothing")
     if command.train:
         print(contamination_note(read_all(command.train, command.lang), problems))
     default = "bfloat16" if command.device.startswith("cuda") else "float32"

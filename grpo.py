@@ -733,10 +733,8 @@ def warm_up(
         response = parse_response(problem.trace, problem)
         correct = response.well_formed and response.answer == problem.answer
         if not correct or len(ids) > config.max_new_tokens:
-            expected = f"a correct response of at most {config.max_new_tokens} tokens"
-            raise ValueError(
-                f"problem {problem.id!r} has a trace of {len(ids)}, expected {expected}"
-            )
+            expected = f"expected a correct response of at most {config.max_new_tokens} tokens"
+            raise ValueError(f"problem {problem.id!r} has a trace of {len(ids)}: {expected}")
         examples.append(Group(prompt, [Completion(ids, [], True)], [0.0]))
     if step_of(checkpoint) == config.steps:
         return checkpoint
@@ -875,9 +873,7 @@ class GRPOConfig(Settings):
     prompts: int = setting(4, "problems per step (P) [O]; torchrun rounds the default up", low=1)
     group_size: int = setting(5, "completions per problem (G), at least 2 to compare [P]", low=2)
     lr: float = setting(5e-7, "learning rate of AdamW [P]", low=0)
-    warmup_steps: int = setting(
-        10, "steps in which a learning rate rises to its full value [O]", low=0
-    )
+    warmup_steps: int = setting(10, "steps in which a learning rate rises [O]", low=0)
     weight_decay: float = setting(0.0, "of AdamW [O]", low=0)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm [O]", above=0)
     minibatches: int = setting(1, "updates per rollout [O]", low=1)
@@ -1026,7 +1022,7 @@ def save_checkpoint(run: Run, policies: Policies, step: int, state: dict) -> Pat
         with new_folder(target) as folder:
             write_model(policies.model, folder, weights)
             save_file(states, folder / "optimizer.safetensors")
-            write_json(folder / "state.json", {"step": step} | state)
+            write_json(folder / "state.json", state | {"step": step})
     except (OSError, SafetensorError) as error:
         remedy = "the checkpoints before it are whole: make room, then --resume"
         raise OSError(f"{target} could not be saved: {error}; {remedy}") from None

@@ -505,7 +505,7 @@ def test_traces_of_the_users_own_data(tmp_path, untrained):
 
     with pytest.raises(ValueError, match="--warm-up: 4 rows of --data have a trace; 8 or more"):
         start([row | {"trace": row["trace"] * (i < 4)} for i, row in enumerate(rows)])
-    with pytest.raises(ValueError, match="problem 'x' has a trace of [0-9]+, expected a correct"):
+    with pytest.raises(ValueError, match="problem 'x' has a trace of [0-9]+: expected a correct"):
         start([rows[0] | {"id": "x", "trace": rows[0]["trace"][:-3]}, *rows[1:]])
     with pytest.raises(ValueError, match="expected a correct response of at most 20 tokens"):
         start(rows, max_new_tokens=20)
@@ -530,29 +530,32 @@ def test_a_warm_up_that_goes_on_another_day_and_one_whose_last_update_is_skipped
 
     def interrupted(policies, examples, step, config):
         days.update(Tokenizer(model).decode(example.prompt)[:3] for example in examples)
-        if step == 1:
+        if step in (1, 2):
             os.kill(os.getpid(), signal.SIGTERM)
         return imitate(policies, examples, step, config)
 
     monkeypatch.setattr(grpo, "imitate", interrupted)
-    changes = dict(warm_up=2, steps=1, save_every=1, max_new_tokens=160)
-    with pytest.raises(KeyboardInterrupt):  # in the last update, too
-        train(run_in(tmp_path / "run", model, **changes))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    clock[0] += 86400
+    changes = dict(warm_up=3, steps=1, save_every=1, max_new_tokens=160)
+    for resume in (False, True):  # in the last update, too
+        with pytest.raises(KeyboardInterrupt):
+            train(run_in(tmp_path / "run", model, **changes), resume)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+        clock[0] += 86400
 
     def skipped(policies, examples, step, config):
         days.update(Tokenizer(model).decode(example.prompt)[:3] for example in examples)
-        return imitate(policies, examples, step, config) | {"skipped": int(step == 2)}
+        return imitate(policies, examples, step, config) | {"skipped": int(step == 3)}
 
     monkeypatch.setattr(grpo, "imitate", skipped)
     train(run_in(tmp_path / "run", model, **changes), resume=True)
     state = json.loads((tmp_path / "run" / "checkpoint-000001" / "state.json").read_text())
-    assert days == {"001"} and state["moment"] == 0.0
+    assert days == {"001"} and state["moment"] == 0.0 and state["step"] == 1
+    warm = tmp_path / "run" / "warm-up" / "checkpoint-000003" / "state.json"
+    assert json.loads(warm.read_text())["step"] == 3
     # the last update is skipped: what the others made is kept, alone
-    train(run_in(tmp_path / "skip", model, **changes | {"warm_up": 3}))
+    train(run_in(tmp_path / "skip", model, **changes | {"warm_up": 4}))
     names = [path.name for path in checkpoints(tmp_path / "skip" / "warm-up")]
-    assert names == ["checkpoint-000003"]
+    assert names == ["checkpoint-000004"]
 
 
 def test_other_instructions_are_asked_with_and_kept(tmp_path, monkeypatch, capsys):
