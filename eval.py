@@ -243,7 +243,7 @@ def lenient_answer(text: str, problem: Problem) -> str | None:
     for line in reversed(lines):
         spans = letter_mentions(line, problem)
         named = {re.findall("[A-Z]", line[start:end])[-1] for start, end in spans}
-        listed = re.search(r"(?:,|/|\bor\b|\band\b) *[A-Z]\b", line)  # "B or C"
+        listed = re.search(rf"(?:,|/|\bor\b|\band\b) *[{problem.letters}]\b", line)  # "B or C"
         answer = read_answer(line, problem) or "".join(named)
         if len(answer) == 1 and not listed:
             return answer

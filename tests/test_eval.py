@@ -746,6 +746,7 @@ def test_measures_by_hand():
         ("A. the box\n\nthe drawer", "B"),  # an option's text, alone
         ("Option A, then option B.", None),  # two letters in one line
         ("Answer: B or C", None),
+        ("Option B, I think", "B"),  # no letter of three options
         ("The answer is A, B or C", None),
         ("So \\boxed{B}", "B"),
         ("Option A.\nOption A, then option B.", "A"),  # so the line before it counts

@@ -1,6 +1,6 @@
 """The evening run: does the reward make a real pretrained model reason better?
 
-    python assets/evening.py MODEL DIR [--steps N] [--jobs 2] [--data FILES]
+    python assets/make_evening.py MODEL DIR [--steps N] [--jobs 2] [--data FILES]
 
 MODEL is SmolLM2-135M-Instruct, or another small checkpoint. What is done, with the commands that it
 prints, one thread for each of the jobs:
@@ -62,16 +62,14 @@ def train(out: Path, last: int, *arguments: object) -> Path:
 
 
 def evaluate(model: Path, name: str, folder: Path, data: list[Path]) -> None:
-    sets = dict(SETS)
-    for dataset, flags in sets.items():
-        json = folder / f"{name}-{dataset}.json"
-        common = ("--content", CONTENT, "--max-new-tokens 128 --json", json)
-        call(json, json.with_suffix(".log"), "eval.py", "--model", model, flags, *common)
+    """Ask a model all sets of problems, and the benchmark's files if there are any."""
+    asked = {dataset: ("--content", CONTENT, flags) for dataset, flags in SETS.items()}
     if data:
-        json = folder / f"{name}-data.json"
-        call(
-            json, "eval.py", "--model", model, "--data", *data, "--max-new-tokens 192 --json", json
-        )
+        asked["data"] = ("--data", *data)
+    for dataset, flags in asked.items():
+        result = folder / f"{name}-{dataset}.json"
+        common = ("--max-new-tokens 128 --json", result)
+        call(result, result.with_suffix(".log"), "eval.py", "--model", model, *flags, *common)
 
 
 def main() -> None:
