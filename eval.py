@@ -70,8 +70,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import ModelConfig, Tokenizer, Transformer
-from model import check_device, generate_stream, load_model, read_json
+from model import Tokenizer, Transformer, check_ids, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
 from rewards import WORD, letter_mentions, load_content_model, option_mentions, order_fraction
 from rewards import plain, total_reward, words
@@ -109,7 +108,8 @@ def evaluate(
     tokenizer.moment, done = read_journal(journal, tokenizer.moment)
     chats = [build_messages(problem, instructions) for problem in problems]
     prompts = [tokenizer.chat(messages, config.thinking) for messages in chats]
-    check_lengths(model.config, problems, prompts, longest)
+    for problem, prompt in zip(problems, prompts):  # now, and not in the evaluation's last hour
+        check_ids(model.config, f"problem {problem.id!r}", prompt, longest)
 
     # 1. Ask for what the journal does not hold yet. An answer depends on the model, the settings of
     # sampling and the prompt, so together these name it; equal prompts have equal answers.
@@ -138,18 +138,6 @@ def evaluate(
             record = measure(problem, text, length, grounding, reward_config, finished)
             records.append(record | {"item": item, "sample": sample})
     return summarise(records) | {"reward_config": asdict(reward_config)}
-
-
-def check_lengths(config: ModelConfig, problems: list, prompts: list, max_new_tokens: int) -> None:
-    """ValueError names the first problem whose prompt leaves no space for an answer.
-
-    This comes before all work, so that a long problem does not end an evaluation in its last hour.
-    """
-    context = config.max_position_embeddings
-    for problem, prompt in zip(problems, prompts):
-        if len(prompt) + max_new_tokens > context:
-            tokens = f"{len(prompt)} + --max-new-tokens {max_new_tokens} tokens"
-            raise ValueError(f"problem {problem.id!r}: {tokens} exceed the context, {context}")
 
 
 def read_journal(journal: Path | None, moment: float) -> tuple[float, dict[str, list]]:
@@ -400,11 +388,6 @@ def map_sections(function: Callable, sections: dict[str, dict]) -> dict[str, dic
 # ----------------------------------------------------------------------------------------- tables
 
 Rows = list[list[str]]  # the first row is the header
-
-
-def table(results: dict[str, dict]) -> str:
-    """Set results side by side, as text."""
-    return aligned(table_rows(results))
 
 
 def aligned(rows: Rows) -> str:
@@ -1003,19 +986,23 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
 # --------------------------------------------------------------------------------------- the page
 
 
-def report_page(results: dict[str, dict], tables: list[Rows], limit: int = 100) -> str:
-    """Write one self-contained HTML page: tables, then up to `limit` problems with their responses.
+def report_page(
+    results: dict[str, dict], tables: list[Rows], curves: dict | None = None, title="", limit=100
+) -> str:
+    """Write one self-contained HTML page: curves, tables, then up to `limit` problems.
 
-    `results` are one, or two of the same problems, whose responses then stand side by side. The
-    template escapes all text: what a model wrote stays text.
+    `results` are one, or two of the same problems, whose responses then stand side by side.
+    `curves` are {chart: {line: [(x, y), ...]}}. The template escapes all text: what a model wrote
+    stays text.
     """
-    units = match(list(results.values()))
+    units = match(list(results.values())) if results else []
     shown = spread(units, limit)
     problems = []
     for sides in shown:
         first_samples = [[r for r in unit.records if not r.get("sample")] for unit in sides]
         problems += zip(*first_samples)
     page = dict(names=list(results), tables=tables, problems=problems, passages=mark_passages)
+    page |= dict(title=title or " and ".join(results), curves=curves or {})
     page |= dict(count=f"{len(shown)} of {len(units)}", letters=LETTERS, stages=STAGES)
     template = (ASSETS / "report.html").read_text("utf-8")
     return jinja2.Environment(autoescape=True).from_string(template).render(page)
@@ -1073,11 +1060,6 @@ class EvalConfig(Settings):
     token_budget: int = setting(32768, "tokens in caches at a time; less needs less memory", low=1)
     seed: int = setting(0, "of stories and sampling", low=0, high=2**31 - 1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"--samples {self.samples} --temperature 0: greedy samples are equal")
-
 
 @dataclass(frozen=True)
 class Command(EvalConfig):
@@ -1120,19 +1102,17 @@ def main() -> None:
 
 def run(command: Command) -> dict:
     """Run the evaluation that the flags ask for."""
-    check_device(command.device)
     if command.data:
         problems = read_all(command.data, command.lang)
         problems = spread_problems(problems, command.limit or len(problems))
     else:
         problems = generate_problems(command.limit or 400, command.seed, command.split)
-        if command.lang != "en":
-            print(f"generated stories are in English, so --lang {command.lang} changes nothing")
     if command.train:
         print(contamination_note(read_all(command.train, command.lang), problems))
     default = "bfloat16" if command.device.startswith("cuda") else "float32"
-    model = load_model(command.model, command.device, getattr(torch, command.dtype or default))
-    content = load_content_model(command.content, command.device) if command.content else None
+    where = (command.device, getattr(torch, command.dtype or default))
+    model = load_model(command.model, *where)
+    content = load_content_model(command.content, *where) if command.content else None
     instructions, target = read_instructions(command.instructions), command.json
     journal = target.with_name(f"{target.name}.part") if target else None
     settings = {field.name: getattr(command, field.name) for field in fields(EvalConfig)}

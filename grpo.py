@@ -118,15 +118,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from eval import DO_NOT_TRAIN, MEASURES, aligned, check_lengths, contamination_note, evaluate
-from eval import normalise, read_all, spread_problems, table
-from model import REORDER_LIMIT, SAMPLING_BUDGET, TOKENIZER_FILES, ChunkedLogProbs, Completion
-from model import Diverged, ModelConfig, Tokenizer, Transformer, check_device
-from model import completion_logprobs, generate, load_model, logits_in_tokens
+from eval import DO_NOT_TRAIN, MEASURES, aligned, contamination_note, digest, evaluate
+from eval import normalise, read_all, read_result, report_page, spread_problems, table_rows
+from model import REORDER_LIMIT, SAMPLING_BUDGET, TOKENIZER_FILES, Completion, Diverged
+from model import ModelConfig, Tokenizer, Transformer, check_device, check_ids
+from model import completion_logprobs, generate, load_model, logits_at_once, logits_in_tokens
 from model import logprobs_and_entropy, new_folder, open_weights, pad, prefill_tokens
 from model import read_config, read_json, weight_files, write_model
-from rewards import ContentModel, Reward, RewardConfig, curriculum, load_content_model
-from rewards import parse_groups, total_reward
+from rewards import TERMS, ContentModel, Reward, RewardConfig, curriculum
+from rewards import load_content_model, parse_groups, total_reward
 from socialr1 import CAUSES, TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
 from socialr1 import exit_on_error, generate_problems, generate_stories, parse_response
 from socialr1 import read_instructions, setting, write_json, write_text
@@ -329,10 +329,9 @@ class Stopwatch:
         self.started = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Book the time since the last lap under this name."""
-        now = time.perf_counter()
-        self.seconds[name] = now - self.started
-        self.started = now
+        """Book the time that no lap has booked yet under this name."""
+        booked = sum(self.seconds.values())
+        self.seconds[name] = time.perf_counter() - self.started - booked
 
 
 def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -593,11 +592,13 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
     saved = read_json(checkpoint / "state.json") if checkpoint else {}
     tokenizer.moment = saved.get("moment", maximum(tokenizer.moment))
     prompts = [tokenizer.chat(build_messages(problem, instructions)) for problem in problems]
-    check_lengths(model_config, problems, prompts, config.max_new_tokens)
+    for problem, prompt in zip(problems, prompts):
+        check_ids(model_config, f"problem {problem.id!r}", prompt, config.max_new_tokens)
     if len(problems) < config.prompts:
         raise ValueError(f"{len(problems)} training problems: lower --prompts {config.prompts}")
-    content_model = load_content_model(run.content, run.device) if run.content else None
-    if content_model:
+    content_model = None
+    if run.content:
+        content_model = load_content_model(run.content, run.device, getattr(torch, run.dtype))
         for problem in problems:  # a story that is too long says so now, not in mid-run
             content_model.encode(problem.story, problem.question, [])
     maximum(0)  # every process has looked for checkpoints before the first one writes
@@ -690,7 +691,7 @@ def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict
             asked = problems if when else problems[: max(1, len(problems) // 4)]
             settings["label"] = f"evaluating, {name}"
             result = evaluate(policy, training.tokenizer, asked, training.content_model, **settings)
-            results[f"{name} {when}"] = result
+            results[name] = result
             line[f"eval_{name}"] = {key: result[key] for key in MEASURES}
     if when and rank() == 0:
         write_json(run.out / f"{when}.json", results)
@@ -826,8 +827,6 @@ def open_log(out: Path, first: int) -> TextIO:
     path = out / "metrics.jsonl"
     kept = [line for line in read_log(path) if line["step"] < first]
     write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
-    if len(kept) < first:
-        tqdm.write(f"WARNING: {path} has only {len(kept)} of the {first} steps before")
     return open(path, "a", encoding="utf-8")
 
 
@@ -848,14 +847,44 @@ def tell_how_to_go_on(out: Path, checkpoint: Path | None, steps: int) -> None:
 
 
 def report(run: Run, checkpoint: Path | None) -> None:
-    """Print at the end what came out, where everything is, and what to do next."""
-    if rank() == 0:
-        before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
-        results = dict(itertools.chain(*zip(before.items(), after.items())))
-        print(f"\n{table(results)}" if results else "")
-        print(f"log, and every response: {run.out}/metrics.jsonl, before.json, after.json")
-        told = f" --instructions {run.out}/instructions.txt" if run.instructions else ""
-        print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}{told}")
+    """Write the run's page, and print what came out, where everything is, and what to do next."""
+    if rank():
+        return
+    before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
+    results = {}
+    for name in before:
+        results |= {f"{name}, before": before[name], f"{name}, after": after[name]}
+    page = run.out / "report.html"
+    sides = {when: read_result(run.out / f"{when}.json") for when in ("before", "after") if before}
+    tables = [table_rows(results, with_intervals=list(results))] if before else []
+    charts = curves(read_log(run.out / "metrics.jsonl"), before, after)
+    write_text(page, report_page(sides, tables, charts, title=f"Run {run.out.resolve().name}"))
+    if before:
+        print(f"\n{aligned(table_rows(results))}")
+    print(f"log, and every response: {run.out}/metrics.jsonl, before.json, after.json")
+    told = f" --instructions {run.out}/instructions.txt" if run.instructions else ""
+    print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}{told}")
+    print(f"open {page}: curves, and how it reasons before and after")
+
+
+CHARTS = {"reward": ["reward"], "terms of the reward": TERMS, "KL to the reference": ["kl"]}
+CHARTS |= {"entropy in nats": ["entropy"], "tokens in a completion": ["length"]}
+
+
+def curves(log: list[dict], before: dict, after: dict) -> dict[str, dict[str, list]]:
+    """Collect what the page draws: charts, their lines by name, and points (steps made, value)."""
+    accuracies = {}
+    for name in before:
+        logged = {line["step"] + 1: line.get(f"eval_{name}") for line in log}
+        points = {0: before[name], **logged, len(log): after[name]}
+        accuracies[name] = [(x, result["accuracy"]) for x, result in points.items() if result]
+    charts = {"accuracy on held-out problems": accuracies}
+    for chart, names in CHARTS.items():
+        charts[chart] = {}
+        for name in names:
+            points = [(line["step"] + 1, line.get(name)) for line in log]
+            charts[chart][name] = [(x, value) for x, value in points if value is not None]
+    return charts
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -933,28 +962,23 @@ class Run(Settings):
 RESUMABLE = ("keep", "save_every", "eval_every", "max_skips")  # they do not change the result
 
 
-def short_digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
 def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem]]) -> dict:
     """Return what must stay the same while a run is interrupted: settings, and what was read."""
     identity = asdict(run.config) | asdict(run.reward_config) | {"dtype": run.dtype}
-    identity["instructions"] = short_digest(read_instructions(run.instructions))
+    identity["instructions"] = digest(read_instructions(run.instructions))
     for name in RESUMABLE:
         del identity[name]
     for kind, asked in ({"training": problems} | held_out).items():
         sources = [problem.source for problem in asked]
-        identity[f"order of {kind} problems"] = short_digest(sources)
+        identity[f"order of {kind} problems"] = digest(sources)
         for source in dict.fromkeys(sources):
             of_source = [problem for problem in asked if problem.source == source]
-            identity[f"{kind} problems of {source}"] = short_digest(of_source)
+            identity[f"{kind} problems of {source}"] = digest(repr(of_source))
     for kind, folder in (("model", run.model), ("content model", run.content or Path("none"))):
         others = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
         for file in filter(Path.is_file, (*weight_files(folder), *others)):
             with open(file, "rb") as content:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-            identity[f"{kind}/{file.name}"] = digest
+                identity[f"{kind}/{file.name}"] = hashlib.file_digest(content, "sha256").hexdigest()
     return identity
 
 
@@ -1083,8 +1107,8 @@ def is_sharded(run: Run) -> bool:
     return world_size() > 1 or run.dtype != "float32" or run.offload
 
 
-def join_processes(device: str) -> str:
-    """Meet the other processes that torchrun has started, if any; return this process's device."""
+def join_processes(device: str) -> None:
+    """Meet the other processes that torchrun has started, if any; each has a device of its own."""
     alone = {}
     if "RANK" not in os.environ:
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -1093,11 +1117,8 @@ def join_processes(device: str) -> str:
     dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
     if rank():  # only the first process speaks
         sys.stdout = open(os.devnull, "w")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    return device
 
 
 def summed(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, float]:
@@ -1136,12 +1157,14 @@ def shard(model: Transformer, run: Run) -> None:
         mesh=init_device_mesh(kind, (world_size(),)),
         mp_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy() if hosted else OffloadPolicy(),
+        reshard_after_forward=True,
     )
     for module in (*model.layers, model):
         fully_shard(module, **settings)
-        # The loss is divided by the whole batch's counts already, so gradients add up.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        if world_size() > 1:
+            # The loss is divided by the whole batch's counts already, so gradients add up.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "logprobs")
     model.computes_on = torch.device(run.device)
 
@@ -1217,7 +1240,7 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     before = 4 * total / workers if tokens > config.token_budget else 0
     tokens = min(tokens, max(config.token_budget, prompt_length + T))
     kept, at_work, at_loss = activations(model, config, tokens, prompt_length, size)
-    chunk = min(ChunkedLogProbs.SIZE, tokens * G * T // group * model.vocab_size)
+    chunk = min(logits_at_once(device), tokens * G * T // group * model.vocab_size)
     logits = 8 * chunk + (size * chunk if size < 4 else 0)
     gathered, returning = 0, 0
     if sharded:  # one block computes while the next one arrives
@@ -1278,25 +1301,15 @@ def print_plan(run: Run, memory: float) -> None:
     for place, names in (("device", plan.keys() - hosted), ("host", hosted)):
         plan[f"together, on the {place}"] = tuple(map(sum, zip(*(plan[name] for name in names))))
     peak = max(plan["together, on the device"])
-    unit, label = (2**30, "GiB") if peak >= 2**30 else (2**20, "MiB")
-    rows = [[label, *MOMENTS, "where"]]
+    rows = [["GiB", *MOMENTS, "where"]]
     for name, sizes in plan.items():
         place = "host" if name in hosted or name.endswith("host") else "device"
         if any(sizes):
-            rows.append([name, *(f"{size / unit:.1f}" for size in sizes), place])
+            rows.append([name, *(f"{size / 2**30:.2f}" for size in sizes), place])
     verdict = "fits into" if peak <= 0.95 * memory else "does NOT fit into"
     print(f"{config.prompts} prompts of at most {max(lengths)} tokens, {world_size()} processes:\n")
     print(aligned(rows))
-    print(f"\npeak {peak / unit:.1f} {label}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare")
-
-
-def memory_of(device: str) -> float:
-    """Return the bytes that this machine has for a device."""
-    if not device.startswith("cuda"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not torch.cuda.is_available():
-        raise ValueError("--plan: there is no cuda here; say the card's GiB, as in --plan 80")
-    return torch.cuda.mem_get_info(device)[1]
+    print(f"\npeak {peak / 2**30:.2f}: {verdict} {memory / 2**30:.1f} GiB, 5% of it spare")
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -1310,9 +1323,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     Run.add_flags(parser)
     parser.add_argument("--resume", action="store_true", help="go on from --out's last checkpoint")
-    plan = "say what memory the run needs and whether GIB (this machine's) suffice, then stop; "
+    plan = "say what memory the run needs, and whether so many GiB suffice, then stop; "
     plan += "--device cuda can be planned without one, N processes with WORLD_SIZE=N"
-    parser.add_argument("--plan", type=float, nargs="?", const=0.0, metavar="GIB", help=plan)
+    parser.add_argument("--plan", type=float, metavar="GIB", help=plan)
     GRPOConfig.add_flags(parser.add_argument_group("training"), TINY_PRESET[0], PAPER[0])
     RewardConfig.add_flags(parser.add_argument_group("reward"), TINY_PRESET[1], PAPER[1])
     return parser.parse_args()
@@ -1329,6 +1342,8 @@ def make_run(args: argparse.Namespace) -> Run:
         args.max_length = args.max_new_tokens or config.max_new_tokens
     if args.device is None and args.model and torch.cuda.is_available():
         args.device = "cuda"
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.dtype is None and (args.device or "").startswith("cuda"):
         args.dtype = "bfloat16"
     content = None if args.model else TINY_CONTENT
@@ -1343,13 +1358,12 @@ def make_run(args: argparse.Namespace) -> Run:
 def main() -> None:
     args = parse_arguments()
     run = make_run(args)
-    if args.plan is None or not run.device.startswith("cuda"):
-        check_device(run.device)
     if args.plan is not None:
-        print_plan(run, args.plan * 2**30 or memory_of(run.device))
+        print_plan(run, args.plan * 2**30)
         return
+    check_device(run.device)
     if is_sharded(run):
-        run = replace(run, device=join_processes(run.device))
+        join_processes(run.device)
     if run.out is None:  # the same name in all processes, although their clocks may differ
         now = time.localtime(maximum(time.time()))
         run = replace(run, out=Path("runs") / time.strftime("%Y%m%d-%H%M%S", now))

@@ -32,6 +32,7 @@ nothing else.
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -55,6 +56,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------- the transformer
@@ -262,43 +264,61 @@ class Packed:
         self.cache: dict[int, tuple[Tensor, Tensor]] | None = None
         self.prompts: list[range] = []
         self.completions: list[list[range]] = []
-        # Segments are the prompts and completions that are not empty: how long each one is, and for
-        # a completion which segment is its prompt.
+        # Segments are the prompts and completions that are not empty. The keys that a segment sees
+        # are those of its prompt, if it has one, and then its own.
         self.lengths: list[int] = []
-        self.prompt_of: list[int | None] = []
-        tokens, positions = [], []
+        self.key_lengths: list[int] = []
+        tokens, positions, keys_of = [], [], []
 
-        def append(ids: Ids, first_position: int, prompt: int | None) -> range:
+        def append(ids: Ids, prompt: range) -> range:
+            places = range(len(tokens), len(tokens) + len(ids))
             if len(ids):
                 self.lengths.append(len(ids))
-                self.prompt_of.append(prompt)
+                self.key_lengths.append(len(prompt) + len(ids))
+                keys_of.extend([*prompt, *places])
             tokens.extend(ids)
-            positions.extend(range(first_position, first_position + len(ids)))
-            return range(len(tokens) - len(ids), len(tokens))
+            positions.extend(range(len(prompt), len(prompt) + len(ids)))
+            return places
 
         for prompt, group in zip(prompts, completions, strict=True):
-            segment = len(self.lengths) if len(prompt) else None
-            self.prompts.append(append(prompt, 0, None))
-            self.completions.append([append(ids, len(prompt), segment) for ids in group])
+            places = append(prompt, range(0))
+            self.prompts.append(places)
+            self.completions.append([append(ids, places) for ids in group])
         self.tokens = torch.tensor([tokens], dtype=torch.long, device=device)  # (1, N)
         self.positions = torch.tensor([positions], dtype=torch.long, device=device)  # (1, N)
+        # The places of all segments' keys in the row, one segment after the other.
+        self.keys_of = torch.tensor(keys_of, dtype=torch.long, device=device)
+        # Where each segment begins in the row, and where its keys begin among all keys.
+        starts = [[0, *itertools.accumulate(n)] for n in (self.lengths, self.key_lengths)]
+        self.starts = torch.tensor(starts, dtype=torch.int32, device=device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, heads, N, D), k and v (1, kv_heads, N, D) -> (1, heads, N, D)."""
         if self.cache is not None:
             self.cache[layer] = (k, v)
-        segments = list(zip(*(x.split(self.lengths, dim=2) for x in (q, k, v))))
+        k, v = k.index_select(2, self.keys_of), v.index_select(2, self.keys_of)
+        if has_one_kernel(q):
+            return self.attend_at_once(q, k, v)
+        keys_and_values = (x.split(self.key_lengths, dim=2) for x in (k, v))
         outputs = []
-        for (queries, keys, values), prompt in zip(segments, self.prompt_of):
-            if prompt is not None:
-                _, prompt_keys, prompt_values = segments[prompt]
-                keys = torch.cat((prompt_keys, keys), dim=2)
-                values = torch.cat((prompt_values, values), dim=2)
+        for queries, keys, values in zip(q.split(self.lengths, dim=2), *keys_and_values):
             # The last query sees all keys, the one before it all but the last key, and so on.
             mask = causal_lower_right(queries.shape[2], keys.shape[2])
             options = dict(attn_mask=mask, enable_gqa=queries.shape[1] != keys.shape[1])
             outputs.append(F.scaled_dot_product_attention(queries, keys, values, **options))
         return torch.cat(outputs, dim=2)
+
+    def attend_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Do the same for all segments in one kernel, FlashAttention."""
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, D)
+        longest = (max(self.lengths), max(self.key_lengths))
+        # Every query sees what lies to its left, and nothing to its right.
+        causal = dict(window_size=(-1, 0), enable_gqa=True)
+        return varlen_attn(q, k, v, *self.starts, *longest, **causal).transpose(0, 1)[None]
+
+
+def has_one_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16
 
 
 class Decoding:
@@ -350,6 +370,7 @@ class Decoding:
         for row, rest in enumerate(packed.completions[0], start=first):
             sources += [*start, *rest]
             rows += [row] * (len(start) + len(rest))
+        sources, rows = torch.tensor([sources, rows], device=packed.tokens.device)
         columns = packed.positions[0, sources]
         for layer, (keys, values) in packed.cache.items():
             self.prompt_keys[layer][rows, :, columns] = keys[0, :, sources].transpose(0, 1)
@@ -620,7 +641,8 @@ def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple
         hidden = model.hidden(packed.tokens, packed)[0]  # (N, d)
         context.fill(done, packed)
         done += len(piece)
-        last_states.append(hidden[[places[-1] for places in packed.completions[0]]])
+        last = [places[-1] for places in packed.completions[0]]
+        last_states.append(hidden[torch.tensor(last, device=model.device)])
     logits = model.lm_head(torch.cat(last_states))  # (P, V)
     return logits.repeat_interleave(sampling.group_size, dim=0), context
 
@@ -685,7 +707,7 @@ def check_ids(config: ModelConfig, name: str, ids: Ids, max_new_tokens: int = 0)
         range_of_ids = f"ids from {min(ids)} to {max(ids)}, the vocabulary {config.vocab_size}"
         raise ValueError(f"{name} has {range_of_ids}: is it the model's tokenizer?")
     if len(ids) + max_new_tokens > config.max_position_embeddings:
-        needed = f"{len(ids)} + {max_new_tokens} positions"
+        needed = f"{len(ids)} + {max_new_tokens} (max_new_tokens) positions"
         raise ValueError(f"{name} takes {needed}, the context has {config.max_position_embeddings}")
 
 
@@ -811,13 +833,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         one-hot(target) - softmax(logits)
     """
 
-    SIZE = 1 << 23  # numbers in one chunk of logits
-
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (n, d), weight (V, d), targets (n,) -> log-probabilities (n,), entropies (n,)."""
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.rows = max(1, ChunkedLogProbs.SIZE // len(weight))
+        ctx.rows = max(1, logits_at_once(hidden.device) // len(weight))
         chosen, entropies = [], []
         for states, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logprobs = at_least_float32(states @ weight.T).log_softmax(dim=1)  # (rows, V)
@@ -848,6 +868,11 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_weight += grad_logits.T @ states
             del probs, grad_logits
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Return how many numbers a chunk of logits may hold. Every chunk reads the whole weight."""
+    return 1 << 23 if device.type == "cpu" else 1 << 26
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -1026,31 +1051,25 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Hand out an empty folder, which takes the place of `target` when the block ends well.
+    """Hand out an empty folder, which gets the name `target` when the block ends well.
 
-    Everything in it is flushed to the disk before it is renamed: after a kill or a power cut there
-    is the old folder or the new one under this name, and never half of either.
+    Everything in it is flushed to the disk before it is renamed: after a kill or a power cut the
+    whole folder is there, or nothing. A torn checkpoint of this name makes way for it.
     """
     target = target.resolve()
     temporary = target.with_name(f".{target.name}.new")
-    replaced = target.with_name(f".{target.name}.old")
-    for leftover in (temporary, replaced):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes its files private
             flush(path)
-        if target.exists():
-            os.rename(target, replaced)
+        shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
         flush(target.parent)
     finally:
-        if replaced.exists() and not target.exists():  # interrupted between the two
-            os.rename(replaced, target)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -1061,25 +1080,17 @@ def flush(path: Path) -> None:
 
 
 def save_model(model: Transformer, path: str | Path) -> None:
-    """Write a checkpoint folder that other tools load, in place of an older one if need be."""
-    refuse_other_folders(Path(path))
+    """Write a checkpoint folder that other tools load; ValueError: something stands there."""
+    refuse_existing(Path(path))
     weights = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
     with new_folder(Path(path)) as folder:
         write_model(model, folder, weights)
 
 
-def refuse_other_folders(path: Path) -> None:
-    """ValueError: `path` holds anything but a checkpoint, which saving there would delete."""
-    target = path.resolve()
-    if not target.exists():
-        return
-    content = list(target.iterdir()) if target.is_dir() else [target]
-    config = target / "config.json"
-    has_config = config in content and "model_type" in read_json(config)
-    has_weights = any(file.suffix == ".safetensors" for file in content)
-    is_checkpoint = has_config and has_weights and all(file.is_file() for file in content)
-    if target == Path.cwd() or content and not is_checkpoint:
-        raise ValueError(f"{target} is no checkpoint folder: saving there would delete it")
+def refuse_existing(path: Path) -> None:
+    """ValueError: there is a file of this name, or a folder with something in it."""
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path} exists already, and nothing is overwritten: choose another name")
 
 
 # What the tokenizer reads; and all that is copied from the folder that a model was loaded from.

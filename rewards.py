@@ -57,8 +57,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import Packed, Tokenizer, Transformer, batches, check_device, load_model
-from model import parse_config, refuse_other_folders, save_model
+from model import Packed, Tokenizer, Transformer, batches, load_model
+from model import parse_config, refuse_existing, save_model
 from socialr1 import STAGES, TINY, Parser, Problem, Response, Settings, even_out, exit_on_error
 from socialr1 import parse_response, read_rows, setting
 
@@ -438,6 +438,7 @@ def segment_scores(model: Transformer, batch: list[EncodedStory]) -> Tensor:
     prompts, segments = zip(*batch)
     packed = Packed(prompts, segments, model.device)
     ends = [places[-1] for places in itertools.chain(*packed.completions)]
+    ends = torch.tensor(ends, device=model.device)
     hidden = model.hidden(packed.tokens, packed)[0, ends]  # (B, d)
     return model.score(hidden)[:, 0].float()
 
@@ -508,16 +509,14 @@ def by_question(pairs: list[Pair]) -> list[list[Pair]]:
 
 
 def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Set aside a tenth of the pairs, 2000 at most [P], in whole stories -> (the rest, these)."""
-    stories = list(grouped(pairs, [pair.story for pair in pairs]).values())
-    random.Random(f"held out {seed}").shuffle(stories)
-    wanted = max(1, min(len(pairs) // 10, 2000))
-    held_out: list[Pair] = []
-    while len(stories) > 1 and len(held_out) < wanted:
-        held_out += stories.pop()
-    if not held_out:
-        raise ValueError(f"{len(pairs)} pairs of {len(stories)} stories: too few to hold some out")
-    return list(itertools.chain(*stories)), held_out
+    """Set aside the pairs of a tenth of the stories, 2000 at most [P] -> (the others', these)."""
+    stories = list(dict.fromkeys(pair.story for pair in pairs))
+    if len(stories) < 2:
+        raise ValueError(f"{len(pairs)} pairs of one story: too few to hold some out")
+    count = max(1, len(stories) // 10)
+    chosen = set(random.Random(f"held out {seed}").sample(stories, count))
+    held_out = [pair for pair in pairs if pair.story in chosen]
+    return [pair for pair in pairs if pair.story not in chosen], held_out[:2000]
 
 
 # ------------------------------------------------------------------- training the content model
@@ -528,7 +527,7 @@ class ContentConfig(Settings):
     """Settings of the content model and its training: the paper states none of them [O]."""
 
     model: Path = setting(None, "checkpoint folder to start from; else assets/tiny", kind=Path)
-    pairs: Path = setting(None, "JSONL: story, question, stage, chosen, rejected", kind=Path)
+    pairs: Path = setting(None, "JSONL, see assets/make_pairs.py", kind=Path, required=True)
     held_out: Path = setting(None, "pairs to examine on; else a tenth of --pairs", kind=Path)
     out: Path = setting(Path("runs/content"), "the new folder")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
@@ -632,12 +631,8 @@ def main() -> None:
     ContentConfig.add_flags(parser, FROM_TINY, ContentConfig())
     args = parser.parse_args()
     from_tiny = args.model is None or args.model.resolve() == TINY.resolve()
-    preset = FROM_TINY if from_tiny else ContentConfig()
-    config = preset.updated(args)
-    check_device(config.device)
-    if not config.pairs:
-        raise ValueError("expected --pairs FILE; `python assets/make_pairs.py` can make one")
-    refuse_other_folders(config.out)
+    config = (FROM_TINY if from_tiny else ContentConfig()).updated(args)
+    refuse_existing(config.out)
 
     pairs = read_pairs(config.pairs)
     if config.held_out:

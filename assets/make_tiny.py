@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import Tokenizer, Transformer, pad, parse_config  # noqa: E402
-from model import refuse_other_folders, save_model  # noqa: E402
+from model import refuse_existing, save_model  # noqa: E402
 from socialr1 import MAIN, STAGES, Parser, Problem, Settings, Story  # noqa: E402
 from socialr1 import build_messages, exit_on_error, format_trace, generate_stories  # noqa: E402
 from socialr1 import minds, people_of, readers_minds, replay, setting, write_stages  # noqa: E402
@@ -338,7 +338,7 @@ def cold_start(out: Path, config: ColdStartConfig) -> None:
     def a_quarter_down_to_zero(step: int) -> float:
         return 0.25 * (1 - step / config.flawed_steps)
 
-    refuse_other_folders(out)
+    refuse_existing(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         build_tokenizer(folder)

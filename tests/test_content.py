@@ -309,7 +309,7 @@ def test_whole_stories_are_held_out():
         p.story for p in kept
     }
     assert len(hold_out(pairs * 100, seed=0)[1]) <= 2000
-    with pytest.raises(ValueError, match="4 pairs of 1 stories: too few to hold some out"):
+    with pytest.raises(ValueError, match="4 pairs of one story: too few to hold some out"):
         hold_out(pairs[:4], seed=0)
 
 
@@ -517,11 +517,11 @@ def test_the_command_line(tmp_path, command):
     assert code == 0, err
     assert "100 pairs to learn from, 30 held out" in out
     for arguments, message in [
-        ((), "make_pairs.py"),
+        ((), "required: --pairs"),
         (("--pairs", tmp_path / "none"), "none: No such file"),
         (("--pairs", pairs, "--held-out", tmp_path / "none"), "none: No such file"),
         (("--pairs", pairs, "--model", tmp_path / "none"), "no such model folder"),
-        (("--pairs", pairs, "--out", tmp_path), "is no checkpoint folder"),
+        (("--pairs", pairs, "--out", tmp_path), "exists already, and nothing is overwritten"),
         (("--pairs", pairs, "--lr", "0"), "--lr 0"),
         (("--pairs", pairs, "--epochs", "0"), "--epochs 0"),
     ]:

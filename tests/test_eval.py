@@ -30,7 +30,7 @@ from eval import (
     report_page,
     spread_problems,
     summarise,
-    table,
+    aligned,
     table_rows,
 )
 from model import Tokenizer, generate, generate_stream, load_model
@@ -613,8 +613,8 @@ def test_folders_as_people_have_them(tmp_path):
     names = {"list.json", "broken.json", "old.jsonl.gz", "table.parquet", "nowhere.jsonl"}
     assert set(left_out) == names
     assert left_out["broken.json"].endswith(
-        f"broken.json: left out: {data}/broken.json:1: not JSON, at column 2: Expecting property "
-        "name enclosed in double quotes"
+        f"broken.json: left out: {data}/broken.json:1: not JSON: Expecting property "
+        "name enclosed in double quotes: line 1 column 2 (char 1)"
     )
     assert left_out["table.parquet"].endswith("make .jsonl, .json or .csv of it")
     # reached twice: by two arguments
@@ -630,7 +630,7 @@ def test_folders_as_people_have_them(tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("x.jsonl", GOOD + "{broken\n", "x.jsonl:2: not JSON, at column 2"),
+        ("x.jsonl", GOOD + "{broken\n", "x.jsonl:2: not JSON: Expecting"),
         (
             "x.jsonl",
             GOOD + GOOD.replace('"A"', '"C"'),
@@ -674,7 +674,7 @@ def test_folders_as_people_have_them(tmp_path):
             "x.jsonl:1: a problem needs 2 to 26 options, got 0",
         ),
         ("x.json", "[1, 2]", "x.json:1: expected a JSON object, got int"),
-        ("x.json", "[\n{,", "x.json:2: not JSON, at column 2"),
+        ("x.json", "[\n{,", "x.json:2: not JSON: Expecting"),
         ("x.json", '{"qid": 1}', "x.json: no rows"),
         (
             "x.jsonl",
@@ -732,7 +732,9 @@ def test_measures_by_hand():
     expected = {"coverage": (1 + 1 + 0.25 + 0.25 + 0) / 5, "well_formed": 0.6, "length": 30}
     expected["first_option"] = 0.0  # of the one that names one, at the very beginning
     assert {key: result[key] for key in expected} == pytest.approx(expected)
-    assert re.search(r"shortcut gap +5 +0\.167", table({"before": result, "after": result}))
+    assert re.search(
+        r"shortcut gap +5 +0\.167", aligned(table_rows({"before": result, "after": result}))
+    )
     only = summarise(records[:1])
     assert only["control"] is None and only["shortcut_gap"] is None
 
@@ -962,8 +964,8 @@ def test_stored_results_are_read_with_care(tmp_path):
         5,
     )
     after = {
-        "test after": {"responses": [record]},
-        "shift after": {"responses": [record | {"text": answered("B")}]},
+        "test": {"responses": [record]},
+        "shift": {"responses": [record | {"text": answered("B")}]},
     }
     result = read_result(write(tmp_path, "after.json", json.dumps(after)))
     assert (result["n"], result["questions"], result["accuracy"]) == (2, 2, 0.5)
@@ -1196,6 +1198,12 @@ def test_the_page_is_text_and_nothing_else(tmp_path):
         page.index("before") < page.index("after") and 'class="s1"' in page and 'class="s3"' in page
     )
     assert page.count("<details") == page.count("</details") == 1
+    lines = {f"reward{evil}": [(1, 0.5), (3, 1.5)], "absent": []}
+    page = report_page({}, [], {"a chart": lines, "an empty one": {"kl": []}}, title="Run x")
+    assert page.count("<polyline") == 1 and "an empty one" not in page and "<script" not in page
+    # The x axis goes from 0 to the last step, the y axis from 0 to the largest value.
+    assert 'points="33.33,66.67 100.00,0.00 "' in page
+    assert "<h1>Run x</h1>" in page and "Trajectories" not in page and "http" not in page
     said = "Cue Encoding: he put the red ball away\nCue Interpretation: he put the red ball away\nGoal Clarification: 小明把红球放好。小明把红球放好。"
     page = report_page({"x": summarise([measure(problem, answered("B", said), 40)])}, [])
     assert (
@@ -1233,10 +1241,6 @@ def test_the_command_line_fails_in_one_line(tmp_path, command):
         (["--data", str(bad)], f"error: {bad}:1: not JSON"),
         (["--data", str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),
         (["--samples", "0"], "error: --samples 0: expected a whole number, at least 1"),
-        (
-            ["--samples", "2", "--temperature", "0"],
-            "error: --samples 2 --temperature 0: greedy samples are equal",
-        ),
         (["--dtype", "int8"], "error: argument --dtype: invalid choice: 'int8'"),
         (
             ["--report", str(tmp_path / "no" / "x.html")],

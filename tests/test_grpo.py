@@ -318,7 +318,7 @@ def test_a_run_that_goes_on_another_day_asks_the_same_questions(tmp_path, untrai
     train(run_in(tmp_path / "broken", model, **changes), resume=True)
     assert prompts == whole
     results = [
-        json.loads((tmp_path / name / "after.json").read_text())["test after"]["responses"]
+        json.loads((tmp_path / name / "after.json").read_text())["test"]["responses"]
         for name in ("whole", "broken")
     ]
     assert results[0] == results[1]
@@ -385,7 +385,11 @@ def test_the_command_line(tmp_path, command):
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["tau"] == 1.0 and 0 <= line["content"] <= 1 and line["seconds"]["content"] > 0
     assert "WARNING: ToMBench asks in so many words that its items never be trained on" in err + out
-    assert "held out before" in out and "next: python eval.py --model" in out
+    assert "held out, before" in out and "next: python eval.py --model" in out
+    page = tmp_path / "run" / "report.html"
+    assert out.splitlines()[-1].startswith(f"open {page}: ")
+    assert "<h1>Run run</h1>" in page.read_text() and "<svg" in page.read_text()
+    assert page.read_text().count("<details") == 1  # of the held-out problems
     assert (
         json.loads((tmp_path / "run" / "checkpoint-000001" / "state.json").read_text())["identity"][
             "max_length"
@@ -576,3 +580,16 @@ def test_other_instructions_are_asked_with_and_kept(tmp_path, monkeypatch, capsy
     assert f"--instructions {kept}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not the same run: instructions was"):
         train(run, resume=True)
+
+
+def test_the_page_draws_accuracy_from_before_to_after_and_what_was_logged():
+    log = [
+        {"step": 0, "reward": 0.5, "kl": None, "eval_test": {"accuracy": 0.25}},
+        {"step": 1, "reward": 1.5, "kl": 0.125},
+    ]
+    charts = grpo.curves(log, {"test": {"accuracy": 0.0}}, {"test": {"accuracy": 1.0}})
+    assert charts["accuracy on held-out problems"] == {"test": [(0, 0.0), (1, 0.25), (2, 1.0)]}
+    assert charts["reward"] == {"reward": [(1, 0.5), (2, 1.5)]}
+    assert charts["KL to the reference"] == {"kl": [(2, 0.125)]}
+    assert set(charts["terms of the reward"]) == set(grpo.TERMS)
+    assert grpo.curves([], {}, {})["accuracy on held-out problems"] == {}

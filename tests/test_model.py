@@ -241,7 +241,6 @@ def shard(folder):
 def test_single_and_sharded_files_load_with_the_same_logits(raw, tmp_path):
     model, tokens = filled(raw), torch.tensor([golden.TOKENS])
     save_model(model, tmp_path / "model")
-    save_model(model, tmp_path / "model")  # replaces, and leaves nothing else behind
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert torch.equal(load_model(tmp_path / "model")(tokens), model(tokens))
     shard(tmp_path / "model")
@@ -388,50 +387,37 @@ def test_bad_folders_and_files_are_named(tmp_path):
             load_model(tmp_path)
 
 
-def test_saving_replaces_checkpoints_and_nothing_else(tmp_path, monkeypatch):
+def test_saving_overwrites_nothing(tmp_path, monkeypatch):
     model = filled(RAW)
-    for name, content in (("project", '{"name": "mine"}'), ("folders", '{"model_type": "qwen3"}')):
-        (tmp_path / name / "src").mkdir(parents=True)
-        (tmp_path / name / "config.json").write_text(content)
-        (tmp_path / name / "a.safetensors").write_text("")
+    (tmp_path / "project" / "src").mkdir(parents=True)
     (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
     save_model(model, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    for target in ("../project", "../folders", "../file", ".", "../here"):
-        with pytest.raises(
-            ValueError, match="is no checkpoint folder: saving there would delete it"
-        ):
-            save_model(model, target)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to("here")
-    save_model(model, "link")  # writes where it points to
-    assert (tmp_path / "link").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == [
-        "file",
-        "folders",
-        "here",
-        "link",
-        "project",
-    ]
+    for target in ("project", "file", "here"):
+        with pytest.raises(ValueError, match="exists already, and nothing is overwritten"):
+            save_model(model, tmp_path / target)
+    save_model(model, tmp_path / "link")  # writes where it points to
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "config.json").exists()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["empty", "file", "here", "link", "project"]
 
 
-def test_interrupted_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    model = filled(RAW)
-    save_model(model, tmp_path / "model")
-    before, rename, calls = (tmp_path / "model" / "model.safetensors").read_bytes(), os.rename, []
+def test_an_interrupted_checkpoint_is_not_there_and_a_torn_one_makes_way(tmp_path, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
 
-    def interrupted(source, target):
-        calls.append(source)
-        if len(calls) == 2:  # the old one is away, the new one not yet there
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", interrupted)
-    with torch.no_grad():
-        model.norm.weight.add_(1)
-    with pytest.raises(KeyboardInterrupt):
-        save_model(model, tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    torn = tmp_path / "checkpoint-000001"
+    torn.mkdir()
+    (torn / "torn").write_text("")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "flush", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(filled(RAW), tmp_path / "model")
+    with module.new_folder(torn) as folder:
+        (folder / "whole").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == [torn.name]
+    assert [path.name for path in torn.iterdir()] == ["whole"]
 
 
 def test_saved_folders_carry_tokenizer_template_and_generation_config_unchanged(tmp_path):

@@ -449,7 +449,11 @@ def test_draws_at_the_ends_never_take_an_id_without_probability():
         ([[1], []], {}, "prompt 1 is empty"),
         ([[1, 61]], {}, "ids from 1 to 61, the vocabulary 61"),
         ([[-1]], {}, "ids from -1 to -1"),
-        ([[1]], dict(max_new_tokens=64), r"prompt 0 takes 1 \+ 64 positions, the context has 64"),
+        (
+            [[1]],
+            dict(max_new_tokens=64),
+            r"prompt 0 takes 1 \+ 64 \(max_new_tokens\) positions, the context has 64",
+        ),
         ([[1]], dict(group_size=0), "group_size = 0; expected"),
         ([[1]], dict(max_new_tokens=0), "max_new_tokens = 0; expected"),
         ([[1]], dict(temperature=-1.0), "temperature = -1.0; expected"),

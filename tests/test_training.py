@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import grpo
+import model as sampler
 from grpo import (
     GRPOConfig,
     Group,
@@ -110,8 +111,47 @@ def test_gradients_are_those_of_the_naive_batch(recompute):
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm(), name
 
 
+def attention_by_definition(
+    q, k, v, starts, key_starts, longest, longest_keys, *, window_size, enable_gqa
+):
+    """What torch documents of varlen_attn, whose kernel needs a GPU; causal as in FlashAttention."""
+    assert window_size == (-1, 0) and enable_gqa and starts.dtype == key_starts.dtype == torch.int32
+    starts, key_starts = starts.tolist(), key_starts.tolist()
+    outputs = []
+    for i in range(len(starts) - 1):
+        queries = q[starts[i] : starts[i + 1]]
+        keys, values = (x[key_starts[i] : key_starts[i + 1]] for x in (k, v))
+        assert len(queries) <= longest and len(keys) <= longest_keys
+        keys, values = (
+            x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (keys, values)
+        )
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * q.shape[2] ** -0.5
+        places = torch.arange(len(keys), device=q.device)
+        scores = scores.masked_fill(places > places[-len(queries) :, None], -torch.inf)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=2), values))
+    return torch.cat(outputs)
+
+
+def test_attention_in_one_kernel_is_that_of_the_loop(monkeypatch):
+    rng = random.Random(3)
+    model = random_model(num_hidden_layers=2).double()
+    prompts = [random_ids(rng, n) for n in (12, 1, 5)]
+    groups = [[random_ids(rng, n) for n in lengths] for lengths in ((6, 1, 9), (0, 3), (2,))]
+    found = []
+    for at_once in (False, True):
+        if at_once:
+            monkeypatch.setattr(sampler, "varlen_attn", attention_by_definition)
+            monkeypatch.setattr(sampler, "has_one_kernel", lambda x: True)
+        logprobs, mask, _ = logprobs_and_entropy(model, prompts, groups)
+        weights = torch.linspace(-1, 1, mask.numel(), dtype=torch.float64).view(mask.shape)
+        gradients = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
+        found.append((logprobs.detach(), *gradients))
+    for loop, kernel in zip(*found):
+        torch.testing.assert_close(kernel, loop, atol=1e-10, rtol=1e-10)
+
+
 def test_chunked_log_probabilities_are_exact(monkeypatch):
-    monkeypatch.setattr(ChunkedLogProbs, "SIZE", 30)  # 3 rows at a time
+    monkeypatch.setattr(sampler, "logits_at_once", lambda device: 30)  # 3 rows at a time
     torch.manual_seed(0)
     hidden, weight = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 5), (10, 5))
@@ -126,7 +166,9 @@ def test_chunked_log_probabilities_are_exact(monkeypatch):
     assert torch.autograd.gradcheck(
         lambda h, w: ChunkedLogProbs.apply(h, w, targets)[0], (hidden, weight)
     )
-    monkeypatch.setattr(ChunkedLogProbs, "SIZE", 1)  # less than a row: one row at a time
+    monkeypatch.setattr(
+        sampler, "logits_at_once", lambda device: 1
+    )  # less than a row: one row at a time
     torch.testing.assert_close(ChunkedLogProbs.apply(hidden, weight, targets)[0], chosen)
 
 
@@ -154,7 +196,8 @@ def test_the_loss_never_holds_more_logits_than_a_chunk():
         )
 
     few, more = peak(100), peak(300)
-    assert 4 * ChunkedLogProbs.SIZE < few < 2.5 * 4 * ChunkedLogProbs.SIZE + 4 * weight.nbytes
+    chunk = 4 * sampler.logits_at_once(weight.device)
+    assert chunk < few < 2.5 * chunk + 4 * weight.nbytes
     assert more - few < 2e6  # 1 MB per 100 tokens; their logits alone would take 60 MB each time
 
 
@@ -221,8 +264,8 @@ def test_the_plan_of_a_large_model_loads_nothing(tmp_path, command, monkeypatch)
     flags = ("--model", tmp_path, "--device", "cuda", "--out", tmp_path / "out")
     code, out, err = command(grpo.main, *flags, "--plan", "80")
     assert code == 0 and "fits into 80.0 GiB" in out, err
-    assert re.search(r"^weights \(fp32\) +15\.0", out, re.M) and re.search(
-        r"^AdamW's states \(fp32\) +30\.0", out, re.M
+    assert re.search(r"^weights \(fp32\) +14\.98", out, re.M) and re.search(
+        r"^AdamW's states \(fp32\) +29\.97", out, re.M
     )  # 4.02e9 x 4, x 8
     assert "does NOT fit into 24.0 GiB" in command(grpo.main, *flags, "--plan", "24")[1]
     assert "fits into 24.0 GiB" in command(grpo.main, *flags, "--plan", "24", "--offload")[1]
@@ -232,7 +275,7 @@ def test_the_plan_of_a_large_model_loads_nothing(tmp_path, command, monkeypatch)
     )  # 4 cannot be shared by eight
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert re.search(
-        r"^weights \(fp32\) +3\.7", command(grpo.main, *flags, "--plan", "80")[1], re.M
+        r"^weights \(fp32\) +3\.75", command(grpo.main, *flags, "--plan", "80")[1], re.M
     )
     assert not (tmp_path / "out").exists()
 
@@ -498,14 +541,12 @@ def test_a_run_goes_on_only_with_the_model_and_the_content_model_it_had(tmp_path
         train(with_content, resume=True)
 
 
-def test_a_torn_log_is_mended(tmp_path, capsys):
+def test_a_torn_log_is_mended(tmp_path):
     train(run_in(tmp_path, steps=2))
     log, lines = tmp_path / "metrics.jsonl", log_of(tmp_path)
     log.write_text(log.read_text().splitlines()[0] + '\n{"step": 1, "rew')
     train(run_in(tmp_path, steps=2), resume=True)
-    assert log_of(tmp_path) == lines[:1] and "has only 1 of the 2 steps before" in "".join(
-        capsys.readouterr()
-    )
+    assert log_of(tmp_path) == lines[:1]
     log.write_text(
         "torn\n" + "".join(json.dumps({"step": step}) + "\n" for step in (0, 3, 1, 7))
     )  # a gap costs nothing but itself
