@@ -1,0 +1,317 @@
+"""The study: what each part of the reward does to the embedded policy.
+
+    python tests/study.py [--out runs/study] [--seeds 5] [--jobs 2] [--figures assets] [flags of grpo.py]
+
+For each condition below and each seed it runs `python grpo.py`, one thread for each of the jobs,
+with the same number of steps and the same evaluations: 400 test and 400 shift problems before and
+after, sampled at temperature 1. With two cores this takes about an hour and a half. Interrupted, it
+goes on where it was, with the same command.
+
+Then it makes, from the files of the runs, OUT/study.md (means over the seeds, and the 95% interval
+of the seeds' differences to "all terms", by Student's t) and the figures: learning.svg,
+ablations.svg and trajectory.svg. Figures need matplotlib, which nothing else here needs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from eval import mark_passages, read_result  # noqa: E402
+from socialr1 import STAGES  # noqa: E402
+
+CONDITIONS = {
+    "all terms": "",
+    "only R_out": "--without struct,content,len",
+    "without struct": "--without struct",
+    "without content": "--without content",
+    "without len": "--without len",
+    "without curriculum": "--tau-start 1",
+}
+ALL, ONLY = list(CONDITIONS)[:2]
+CONTENT = "content, mean of the stages"
+# What the tables show, by the names of eval.py: its label, and digits after the point.
+MEASURES = {
+    "hard": ("hard accuracy", 3),
+    "control": ("control accuracy", 3),
+    "shortcut_gap": ("shortcut gap", 3),
+    "well_formed": ("well formed", 3),
+    "stage_order": ("four stages in order", 3),
+    "option_early": ("option named early", 3),
+    CONTENT: ("content, mean of the stages", 3),
+    "repetition": ("repetition", 3),
+    "length": ("length in tokens", 1),
+}
+SETS = {"test": MEASURES, "shift": dict(list(MEASURES.items())[:6])}
+# The 97.5% quantile of Student's t with 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+# ------------------------------------------------------------------------------------- the runs
+
+
+def folder_of(out: Path, condition: str, seed: int) -> Path:
+    return out / f"{condition.replace(' ', '-')}-{seed}"
+
+
+def train(out: Path, condition: str, seed: int, flags: list[str]) -> None:
+    """Run grpo.py, or go on with it, unless it is finished."""
+    folder = folder_of(out, condition, seed)
+    if (folder / "report.html").exists():
+        return
+    command = [sys.executable, str(ROOT / "grpo.py"), "--seed", str(seed), "--out", str(folder)]
+    command += [*CONDITIONS[condition].split(), *flags]
+    command += ["--resume"] if folder.is_dir() else []
+    print("$ python", " ".join(command[1:]), flush=True)
+    with open(out / f"{folder.name}.log", "a") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+
+
+# ----------------------------------------------------------------------------------- the tables
+
+
+def read_values(file: Path, dataset: str) -> dict[str, float]:
+    """Read the measures of one evaluation."""
+    values = json.loads(file.read_text("utf-8"))[dataset]["overall"]
+    graded = [values[f"content, {stage}"] for stage in STAGES if f"content, {stage}" in values]
+    return values | {CONTENT: float(np.mean(graded))}
+
+
+def collect(out: Path, condition: str, when: str, dataset: str, seeds: range) -> dict:
+    """Return the values of all seeds, by measure -> {measure: (seeds,)}."""
+    files = [folder_of(out, condition, seed) / f"{when}.json" for seed in seeds]
+    values = [read_values(file, dataset) for file in files]
+    return {name: np.array([of_seed[name] for of_seed in values]) for name in SETS[dataset]}
+
+
+def interval(differences: np.ndarray) -> tuple[float, float]:
+    """Return the 95% interval of the mean of paired differences, one for each seed."""
+    n = len(differences)
+    margin = STUDENT[n - 2] * differences.std(ddof=1) / n**0.5
+    return differences.mean() - margin, differences.mean() + margin
+
+
+def make_table(out: Path, dataset: str, seeds: range) -> str:
+    """Write a table in Markdown: a row for each condition, a column for each measure."""
+    shown = SETS[dataset]
+    rows = [["", *(label for label, _ in shown.values())], ["---"] * (len(shown) + 1)]
+    before = collect(out, ALL, "before", dataset, seeds)
+    rows.append(["before training", *(f"{before[m].mean():.{shown[m][1]}f}" for m in shown)])
+    full = collect(out, ALL, "after", dataset, seeds)
+    rows.append([f"**{ALL}**", *(f"{full[m].mean():.{shown[m][1]}f}" for m in shown)])
+    for condition in list(CONDITIONS)[1:]:
+        values = collect(out, condition, "after", dataset, seeds)
+        cells = []
+        for measure, (_, digits) in shown.items():
+            low, high = interval(values[measure] - full[measure])
+            cell = f"{values[measure].mean():.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
+        rows.append([condition, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# ---------------------------------------------------------------------------------- the figures
+
+GREY = "#7d7d7d"  # can be read on white and on black
+COLOURS = {ALL: "#2f86d1", ONLY: "#d9822b"}
+
+
+def new_figure(width: float, panels: int):
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    style = {"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY}
+    style |= {"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": "study", "font.size": 9}
+    pyplot.rcParams.update(style | {"svg.fonttype": "none", "font.family": "sans-serif"})
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, 2.6), layout="constrained")
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.patch.set_alpha(0)
+    return figure, axes
+
+
+def save(figure, file: Path) -> None:
+    figure.savefig(file, transparent=True, metadata={"Date": None})
+    print(f"figure: {file}")
+
+
+def learning_curve(out: Path, condition: str, measure: str, seeds: range) -> tuple:
+    """Return the steps of the evaluations on test, and the measure -> (n,), (seeds, n)."""
+    lines = []
+    for seed in seeds:
+        folder = folder_of(out, condition, seed)
+        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        points = {0: read_values(folder / "before.json", "test")[measure]}
+        points |= {x["step"] + 1: x["eval_test"][measure] for x in log if "eval_test" in x}
+        points[len(log)] = read_values(folder / "after.json", "test")[measure]
+        lines.append(points)
+    return list(lines[0]), np.array([list(points.values()) for points in lines])
+
+
+def draw_learning(out: Path, file: Path, seeds: range) -> None:
+    """Draw how held-out measures go during training: the seeds' mean, and from least to most."""
+    shown = ("hard", "stage_order", "option_early")
+    figure, axes = new_figure(9, len(shown))
+    for panel, measure in zip(axes, shown):
+        for condition, colour in COLOURS.items():
+            steps, values = learning_curve(out, condition, measure, seeds)
+            panel.plot(steps, values.mean(axis=0), color=colour, label=condition)
+            panel.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.25, lw=0
+            )
+        panel.set_title(MEASURES[measure][0], fontsize=10)
+        panel.set_xlabel("steps of GRPO")
+        panel.set_ylim(0, None if measure == "option_early" else 1)
+    axes[0].legend(frameon=False)
+    save(figure, file)
+
+
+def draw_ablations(out: Path, file: Path, seeds: range) -> None:
+    """Draw the differences to all terms after training, with their intervals."""
+    shown = ("hard", "stage_order", "option_early", CONTENT)
+    figure, axes = new_figure(10, len(shown))
+    full = collect(out, ALL, "after", "test", seeds)
+    others = list(CONDITIONS)[1:]
+    for panel, measure in zip(axes, shown):
+        for place, condition in enumerate(others):
+            values = collect(out, condition, "after", "test", seeds)[measure]
+            low, high = interval(values - full[measure])
+            panel.barh(place, (values - full[measure]).mean(), color="#2f86d1", alpha=0.6)
+            panel.plot((low, high), (place, place), color=GREY)
+        panel.axvline(0, color=GREY, lw=0.8)
+        panel.set_title(f"{MEASURES[measure][0].split(',')[0]}: change", fontsize=10)
+        panel.set_yticks(range(len(others)), others if panel is axes[0] else [""] * len(others))
+        panel.invert_yaxis()
+    save(figure, file)
+
+
+# A trajectory: two columns of boxes, one for each stage, dark on light in both modes.
+FILLS = ("#dcebf8", "#dcf0e2", "#f8ecd0", "#ecdff5")
+EDGES = ("#2a78b8", "#2f8f4e", "#a87400", "#8a4fb0")
+BOXES = {"": ("#eeeeee", "#999999")} | dict(zip(STAGES, zip(FILLS, EDGES)))
+WIDTH, LINE = 440, 17  # of a column, and from line to line, in pixels
+
+
+def wrap(runs: list[tuple[str, str]], letters: int = 60) -> list[list[tuple[str, str]]]:
+    """Break a passage of (mark, text) into lines of (mark, word)."""
+    lines, used = [[]], 0
+    for mark, text in runs:
+        for word in text.split():
+            if used + len(word) > letters:
+                lines.append([])
+                used = 0
+            lines[-1].append((mark, word))
+            used += len(word) + 1
+    return lines
+
+
+def draw_column(record: dict, title: str, x: int, y: int) -> tuple[list[str], int]:
+    """Draw a response from y downwards -> SVG elements, and where they end."""
+    verdict = "right" if record["correct"] else f"wrong, {record['gold']} is right"
+    heading = f"{title}: answer {record['answer']}, {verdict}; R = {record['reward']:.2f}"
+    parts = [f'<text x="{x}" y="{y}" class="outside" font-weight="bold">{escape(heading)}</text>']
+    y += 8
+    for stage, runs in mark_passages(record):
+        lines = wrap(runs)
+        if lines == [[]]:
+            continue
+        fill, edge = BOXES[stage]
+        height = LINE * (len(lines) + 1) + 8
+        parts.append(f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{height}" fill="{fill}"/>')
+        parts.append(f'<rect x="{x}" y="{y}" width="5" height="{height}" fill="{edge}"/>')
+        name = f'<text x="{x + 14}" y="{y + LINE}" fill="{edge}" font-weight="bold">{stage}</text>'
+        parts.append(name)
+        for number, line in enumerate(lines, start=2):
+            words = []
+            for mark, word in line:
+                style = ' fill="#c0281c" font-weight="bold"' if mark == "early" else ""
+                words.append(f"<tspan{style}>{escape(word)}</tspan>")
+            text = " ".join(words)
+            parts.append(f'<text x="{x + 14}" y="{y + LINE * number}" fill="#222">{text}</text>')
+        y += height + 6
+    return parts, y
+
+
+def draw_trajectory(before: dict, after: dict, file: Path) -> None:
+    """Draw how one problem was answered before and after, with early options in red."""
+    parts, y = [], 18
+    lettered = zip("ABCDEFGH", before["options"])
+    options = "   ".join(f"{letter}. {option}" for letter, option in lettered)
+    for text in (before["story"], f"{before['question']} {options}"):
+        for line in wrap([("", text)], letters=2 * 62):
+            words = escape(" ".join(word for _, word in line))
+            parts.append(f'<text x="0" y="{y}" class="outside">{words}</text>')
+            y += LINE
+    left, left_end = draw_column(before, "before", 0, y + 12)
+    right, right_end = draw_column(after, "after", WIDTH + 20, y + 12)
+    size = f'width="{2 * WIDTH + 20}" height="{max(left_end, right_end)}"'
+    style = f"text {{ font: 13px sans-serif }} .outside {{ fill: {GREY} }}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
+    file.write_text("\n".join([head, *parts, *left, *right, "</svg>"]) + "\n", "utf-8")
+    print(f"figure: {file}")
+
+
+def choose_trajectories(folder: Path) -> tuple[dict, dict]:
+    """Return the first hard problem of test whose response was mended in everything.
+
+    Before, the answer is wrong, an option is named early and the stages are not in order; after,
+    all of this is right. Where there is none, fewer things have to be wrong before.
+    """
+    sides = [read_result(folder / f"{when}.json")["responses"] for when in ("before", "after")]
+    pairs = [pair for pair in zip(*sides) if pair[0]["source"].endswith("/test")]
+    wrong = [
+        (before, after)
+        for before, after in pairs
+        if before["variant"] == "hard" and not before["correct"] and after["correct"]
+    ]
+    wrong = [pair for pair in wrong if pair[1]["stage_order"] and not pair[1]["option_early"]]
+
+    def faults(pair: tuple[dict, dict]) -> int:
+        return pair[0]["option_early"] + (not pair[0]["stage_order"]) + pair[0]["well_formed"]
+
+    return max(wrong, key=faults)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11), metavar="2..10")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--figures", type=Path, default=ROOT / "assets", help="where they go")
+    args, flags = parser.parse_known_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    seeds = range(args.seeds)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [
+            pool.submit(train, args.out, condition, seed, flags)
+            for seed in seeds
+            for condition in CONDITIONS
+        ]
+        for job in jobs:
+            job.result()
+    tables = [f"{dataset}\n\n{make_table(args.out, dataset, seeds)}\n" for dataset in SETS]
+    (args.out / "study.md").write_text("\n".join(tables), "utf-8")
+    print("\n".join(tables))
+    print(f"tables: {args.out / 'study.md'}")
+    pair = choose_trajectories(folder_of(args.out, ALL, 0))
+    draw_trajectory(*pair, args.figures / "trajectory.svg")
+    draw_learning(args.out, args.figures / "learning.svg", seeds)
+    draw_ablations(args.out, args.figures / "ablations.svg", seeds)
+
+
+if __name__ == "__main__":
+    main()
