@@ -7,9 +7,11 @@ with the same number of steps and the same evaluations: 400 test and 400 shift p
 after, sampled at temperature 1. With two cores this takes about an hour and a half. Interrupted, it
 goes on where it was, with the same command.
 
-Then it makes, from the files of the runs, OUT/study.md (means over the seeds, and the 95% interval
-of the seeds' differences to "all terms", by Student's t) and the figures: learning.svg,
-ablations.svg and trajectory.svg. Figures need matplotlib, which nothing else here needs.
+Then it makes, from the files of the runs, OUT/study.md (means over the seeds; in parentheses the
+mean difference to "all terms" of the same seed, with its 95% interval by Student's t, bold where
+that is clear of 0) and the figures learning.svg, ablations.svg and trajectory.svg. R_content of all
+responses is computed here, because runs without that term do not. The figures need matplotlib,
+which nothing else in this project does.
 """
 
 import argparse
@@ -25,8 +27,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from eval import mark_passages, read_result  # noqa: E402
-from socialr1 import STAGES  # noqa: E402
+from eval import mark_passages, problem_of, read_result  # noqa: E402
+from rewards import load_content_model  # noqa: E402
+from socialr1 import STAGES, TINY_CONTENT, parse_response  # noqa: E402
 
 CONDITIONS = {
     "all terms": "",
@@ -37,7 +40,6 @@ CONDITIONS = {
     "without curriculum": "--tau-start 1",
 }
 ALL, ONLY = list(CONDITIONS)[:2]
-CONTENT = "content, mean of the stages"
 # What the tables show, by the names of eval.py: its label, and digits after the point.
 MEASURES = {
     "hard": ("hard accuracy", 3),
@@ -46,7 +48,7 @@ MEASURES = {
     "well_formed": ("well formed", 3),
     "stage_order": ("four stages in order", 3),
     "option_early": ("option named early", 3),
-    CONTENT: ("content, mean of the stages", 3),
+    "R_content": ("R_content", 3),
     "repetition": ("repetition", 3),
     "length": ("length in tokens", 1),
 }
@@ -80,10 +82,24 @@ def train(out: Path, condition: str, seed: int, flags: list[str]) -> None:
 
 
 def read_values(file: Path, dataset: str) -> dict[str, float]:
-    """Read the measures of one evaluation."""
+    """Read the measures of one evaluation, and compute the mean of R_content beside them."""
+    cache = file.with_name(f"{file.stem}-content.json")
+    if not cache.exists():
+        cache.write_text(json.dumps(grade(file)), "utf-8")
     values = json.loads(file.read_text("utf-8"))[dataset]["overall"]
-    graded = [values[f"content, {stage}"] for stage in STAGES if f"content, {stage}" in values]
-    return values | {CONTENT: float(np.mean(graded))}
+    return values | {"R_content": json.loads(cache.read_text("utf-8"))[dataset]}
+
+
+def grade(file: Path) -> dict[str, float]:
+    """Compute the mean of R_content over the responses of each set of problems."""
+    scorer = load_content_model(TINY_CONTENT)
+    means = {}
+    for dataset, result in json.loads(file.read_text("utf-8")).items():
+        records = result["responses"]
+        problems = [problem_of(record) for record in records]
+        responses = [[parse_response(r["text"], p)] for r, p in zip(records, problems)]
+        means[dataset] = float(np.mean(scorer.rewards(problems, responses)))
+    return means
 
 
 def collect(out: Path, condition: str, when: str, dataset: str, seeds: range) -> dict:
@@ -93,11 +109,10 @@ def collect(out: Path, condition: str, when: str, dataset: str, seeds: range) ->
     return {name: np.array([of_seed[name] for of_seed in values]) for name in SETS[dataset]}
 
 
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """Return the 95% interval of the mean of paired differences, one for each seed."""
+def margin(differences: np.ndarray) -> float:
+    """Return half of the 95% interval of the mean of paired differences, one for each seed."""
     n = len(differences)
-    margin = STUDENT[n - 2] * differences.std(ddof=1) / n**0.5
-    return differences.mean() - margin, differences.mean() + margin
+    return STUDENT[n - 2] * differences.std(ddof=1) / n**0.5
 
 
 def make_table(out: Path, dataset: str, seeds: range) -> str:
@@ -112,9 +127,11 @@ def make_table(out: Path, dataset: str, seeds: range) -> str:
         values = collect(out, condition, "after", dataset, seeds)
         cells = []
         for measure, (_, digits) in shown.items():
-            low, high = interval(values[measure] - full[measure])
-            cell = f"{values[measure].mean():.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
+            differences = values[measure] - full[measure]
+            mean, half = differences.mean(), margin(differences)
+            change = f"({mean:+.{digits}f} ± {half:.{digits}f})"
+            change = f"**{change}**" if abs(mean) > half else change
+            cells.append(f"{values[measure].mean():.{digits}f} {change}")
         rows.append([condition, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -179,18 +196,20 @@ def draw_learning(out: Path, file: Path, seeds: range) -> None:
 
 def draw_ablations(out: Path, file: Path, seeds: range) -> None:
     """Draw the differences to all terms after training, with their intervals."""
-    shown = ("hard", "stage_order", "option_early", CONTENT)
+    shown = ("hard", "stage_order", "option_early", "R_content")
     figure, axes = new_figure(10, len(shown))
     full = collect(out, ALL, "after", "test", seeds)
     others = list(CONDITIONS)[1:]
     for panel, measure in zip(axes, shown):
         for place, condition in enumerate(others):
             values = collect(out, condition, "after", "test", seeds)[measure]
-            low, high = interval(values - full[measure])
-            panel.barh(place, (values - full[measure]).mean(), color="#2f86d1", alpha=0.6)
-            panel.plot((low, high), (place, place), color=GREY)
+            differences = values - full[measure]
+            mean, half = differences.mean(), margin(differences)
+            panel.barh(place, mean, color="#4a98dd", height=0.6)
+            panel.plot((mean - half, mean + half), (place, place), color=GREY)
         panel.axvline(0, color=GREY, lw=0.8)
-        panel.set_title(f"{MEASURES[measure][0].split(',')[0]}: change", fontsize=10)
+        panel.set_title(f"{MEASURES[measure][0]}: change", fontsize=10)
+        panel.locator_params(axis="x", nbins=4)
         panel.set_yticks(range(len(others)), others if panel is axes[0] else [""] * len(others))
         panel.invert_yaxis()
     save(figure, file)
@@ -203,7 +222,7 @@ BOXES = {"": ("#eeeeee", "#999999")} | dict(zip(STAGES, zip(FILLS, EDGES)))
 WIDTH, LINE = 440, 17  # of a column, and from line to line, in pixels
 
 
-def wrap(runs: list[tuple[str, str]], letters: int = 60) -> list[list[tuple[str, str]]]:
+def wrap(runs: list[tuple[str, str]], letters: int = 64) -> list[list[tuple[str, str]]]:
     """Break a passage of (mark, text) into lines of (mark, word)."""
     lines, used = [[]], 0
     for mark, text in runs:
@@ -220,7 +239,7 @@ def draw_column(record: dict, title: str, x: int, y: int) -> tuple[list[str], in
     """Draw a response from y downwards -> SVG elements, and where they end."""
     verdict = "right" if record["correct"] else f"wrong, {record['gold']} is right"
     heading = f"{title}: answer {record['answer']}, {verdict}; R = {record['reward']:.2f}"
-    parts = [f'<text x="{x}" y="{y}" class="outside" font-weight="bold">{escape(heading)}</text>']
+    parts = [f'<text x="{x}" y="{y}" fill="{GREY}" font-weight="bold">{escape(heading)}</text>']
     y += 8
     for stage, runs in mark_passages(record):
         lines = wrap(runs)
@@ -249,15 +268,16 @@ def draw_trajectory(before: dict, after: dict, file: Path) -> None:
     lettered = zip("ABCDEFGH", before["options"])
     options = "   ".join(f"{letter}. {option}" for letter, option in lettered)
     for text in (before["story"], f"{before['question']} {options}"):
-        for line in wrap([("", text)], letters=2 * 62):
+        for line in wrap([("", text)], letters=128):
             words = escape(" ".join(word for _, word in line))
-            parts.append(f'<text x="0" y="{y}" class="outside">{words}</text>')
+            parts.append(f'<text x="0" y="{y}" fill="{GREY}">{words}</text>')
             y += LINE
     left, left_end = draw_column(before, "before", 0, y + 12)
     right, right_end = draw_column(after, "after", WIDTH + 20, y + 12)
     size = f'width="{2 * WIDTH + 20}" height="{max(left_end, right_end)}"'
-    style = f"text {{ font: 13px sans-serif }} .outside {{ fill: {GREY} }}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{style}</style>'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">'
+    )
     file.write_text("\n".join([head, *parts, *left, *right, "</svg>"]) + "\n", "utf-8")
     print(f"figure: {file}")
 
