@@ -1375,6 +1375,7 @@ def main() -> None:
         remedy += " rate, no --warm-up if that is done, and all other settings as printed above"
         raise Diverged(f"{error}; {remedy}") from None
     if dist.is_initialized():
+        maximum(0)  # the first process is still writing
         dist.destroy_process_group()
 
 
