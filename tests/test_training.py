@@ -8,8 +8,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ from grpo import train, update
 from model import ChunkedLogProbs, Completion, Diverged, Transformer, generate
 from model import logprobs_and_entropy, parse_config
 from rewards import RewardConfig
-from socialr1 import TINY, TINY_CONTENT
+from socialr1 import TINY, TINY_CONTENT, generate_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 RAW = dict(
@@ -303,15 +305,28 @@ SMALL = (
     "--save-every",
     "1",
     "--lr",
-    "1e-3",
+    "3e-4",
 )
+
+
+FOLDER = tempfile.TemporaryDirectory()  # removed in the end
+
+
+@cache
+def few_stories() -> Path:
+    """Forty problems in a file: a run on them begins seconds earlier than one on 4000 of its own."""
+    rows = [asdict(problem) for problem in generate_problems(40, 0)]
+    file = Path(FOLDER.name) / "stories.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def start(out: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
     launcher = (
         ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    command = [sys.executable, *launcher, str(ROOT / "grpo.py"), "--out", str(out), *SMALL, *flags]
+    command = [sys.executable, *launcher, str(ROOT / "grpo.py"), "--out", str(out), *SMALL]
+    command += ["--data", str(few_stories()), *flags]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
