@@ -987,10 +987,11 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
 
 
 def report_page(
-    results: dict[str, dict], tables: list[Rows], curves: dict | None = None, title="", limit=100
+    results: dict[str, dict], tables: list[Rows], curves: dict | None = None, title="", limit=97
 ) -> str:
     """Write one self-contained HTML page: curves, tables, then up to `limit` problems.
 
+    They are evenly spread; a prime limit takes something of everything that stories rotate.
     `results` are one, or two of the same problems, whose responses then stand side by side.
     `curves` are {chart: {line: [(x, y), ...]}}. The template escapes all text: what a model wrote
     stays text.
@@ -1093,10 +1094,9 @@ def main() -> None:
         result = run(command)
         results = {command.model.name or str(command.model): result}
         tables = [table_rows(results, with_intervals=list(results))]
-    if command.report:
-        write_text(command.report, report_page(results, tables))
     print(*map(aligned, tables), sep="\n\n")
     if command.report:
+        write_text(command.report, report_page(results, tables))
         print(f"the page: {command.report}")
 
 

@@ -330,8 +330,7 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         """Book the time that no lap has booked yet under this name."""
-        booked = sum(self.seconds.values())
-        self.seconds[name] = time.perf_counter() - self.started - booked
+        self.seconds[name] = time.perf_counter() - self.started - sum(self.seconds.values())
 
 
 def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
@@ -850,34 +849,35 @@ def report(run: Run, checkpoint: Path | None) -> None:
     """Write the run's page, and print what came out, where everything is, and what to do next."""
     if rank():
         return
-    before, after = (read_json(run.out / f"{when}.json") for when in ("before", "after"))
+    files = {when: run.out / f"{when}.json" for when in ("before", "after")}
+    before, after = map(read_json, files.values())
     results = {}
     for name in before:
         results |= {f"{name}, before": before[name], f"{name}, after": after[name]}
+    sides = {when: read_result(file) for when, file in files.items() if results}
+    tables = [table_rows(results, with_intervals=list(results))] if results else []
+    charts = curves(read_log(run.out / "metrics.jsonl"), run.config.steps, before, after)
     page = run.out / "report.html"
-    sides = {when: read_result(run.out / f"{when}.json") for when in ("before", "after") if before}
-    tables = [table_rows(results, with_intervals=list(results))] if before else []
-    charts = curves(read_log(run.out / "metrics.jsonl"), before, after)
     write_text(page, report_page(sides, tables, charts, title=f"Run {run.out.resolve().name}"))
-    if before:
+    if results:
         print(f"\n{aligned(table_rows(results))}")
     print(f"log, and every response: {run.out}/metrics.jsonl, before.json, after.json")
     told = f" --instructions {run.out}/instructions.txt" if run.instructions else ""
     print(f"model: {checkpoint}\nnext: python eval.py --model {checkpoint}{told}")
-    print(f"open {page}: curves, and how it reasons before and after")
+    print(f"open {page} to see how it went, and how it reasons before and after")
 
 
 CHARTS = {"reward": ["reward"], "terms of the reward": TERMS, "KL to the reference": ["kl"]}
 CHARTS |= {"entropy in nats": ["entropy"], "tokens in a completion": ["length"]}
 
 
-def curves(log: list[dict], before: dict, after: dict) -> dict[str, dict[str, list]]:
+def curves(log: list[dict], steps: int, before: dict, after: dict) -> dict[str, dict[str, list]]:
     """Collect what the page draws: charts, their lines by name, and points (steps made, value)."""
     accuracies = {}
     for name in before:
-        logged = {line["step"] + 1: line.get(f"eval_{name}") for line in log}
-        points = {0: before[name], **logged, len(log): after[name]}
-        accuracies[name] = [(x, result["accuracy"]) for x, result in points.items() if result]
+        logged = [(line["step"] + 1, line.get(f"eval_{name}")) for line in log]
+        points = [(0, before[name]), *logged, (steps, after[name])]
+        accuracies[name] = [(x, result["accuracy"]) for x, result in points if result]
     charts = {"accuracy on held-out problems": accuracies}
     for chart, names in CHARTS.items():
         charts[chart] = {}
@@ -1162,7 +1162,8 @@ def shard(model: Transformer, run: Run) -> None:
     for module in (*model.layers, model):
         fully_shard(module, **settings)
         if world_size() > 1:
-            # The loss is divided by the whole batch's counts already, so gradients add up.
+            # The loss is divided by the whole batch's counts already, so gradients add up. (One
+            # process does not divide, and saying so would cost it a copy of the gradients.)
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "logprobs")
@@ -1244,7 +1245,7 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     logits = 8 * chunk + (size * chunk if size < 4 else 0)
     gathered, returning = 0, 0
     if sharded:  # one block computes while the next one arrives
-        gathered = size * (outside + 2 * block) * (2 if config.beta else 1)
+        gathered = size * (outside + 2 * block)
         returning = gathered + 4 * (outside + block)
     reference = size * total / workers if config.beta else 0
     return {
@@ -1340,11 +1341,11 @@ def make_run(args: argparse.Namespace) -> Run:
         args.prompts = math.ceil(config.prompts / world_size()) * world_size()
     if args.max_length is None:
         args.max_length = args.max_new_tokens or config.max_new_tokens
-    if args.device is None and args.model and torch.cuda.is_available():
-        args.device = "cuda"
+    on_gpu = args.model and torch.cuda.is_available()
+    args.device = args.device or ("cuda" if on_gpu else "cpu")
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if args.dtype is None and (args.device or "").startswith("cuda"):
+    if args.dtype is None and args.device.startswith("cuda"):
         args.dtype = "bfloat16"
     content = None if args.model else TINY_CONTENT
     run = Run(config.updated(args), reward_config.updated(args), content=content).updated(args)
@@ -1358,10 +1359,11 @@ def make_run(args: argparse.Namespace) -> Run:
 def main() -> None:
     args = parse_arguments()
     run = make_run(args)
+    if args.plan is None or not run.device.startswith("cuda"):
+        check_device(run.device)
     if args.plan is not None:
         print_plan(run, args.plan * 2**30)
         return
-    check_device(run.device)
     if is_sharded(run):
         join_processes(run.device)
     if run.out is None:  # the same name in all processes, although their clocks may differ

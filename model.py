@@ -318,7 +318,7 @@ class Packed:
 
 
 def has_one_kernel(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0
 
 
 class Decoding:
@@ -871,7 +871,10 @@ class ChunkedLogProbs(torch.autograd.Function):
 
 
 def logits_at_once(device: torch.device) -> int:
-    """Return how many numbers a chunk of logits may hold. Every chunk reads the whole weight."""
+    """Return how many numbers a chunk of logits may hold: few, for the caches of a CPU.
+
+    Every chunk reads the whole weight, so large ones are faster where there is memory.
+    """
     return 1 << 23 if device.type == "cpu" else 1 << 26
 
 
@@ -1054,7 +1057,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Hand out an empty folder, which gets the name `target` when the block ends well.
 
     Everything in it is flushed to the disk before it is renamed: after a kill or a power cut the
-    whole folder is there, or nothing. A torn checkpoint of this name makes way for it.
+    whole folder is there, or nothing. What has this name already is deleted: callers refuse it
+    first, unless it is a torn checkpoint.
     """
     target = target.resolve()
     temporary = target.with_name(f".{target.name}.new")

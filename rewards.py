@@ -509,14 +509,14 @@ def by_question(pairs: list[Pair]) -> list[list[Pair]]:
 
 
 def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Set aside the pairs of a tenth of the stories, 2000 at most [P] -> (the others', these)."""
+    """Set aside a tenth of the stories, of about 2000 pairs at most [P] -> (the others', these)."""
     stories = list(dict.fromkeys(pair.story for pair in pairs))
     if len(stories) < 2:
         raise ValueError(f"{len(pairs)} pairs of one story: too few to hold some out")
-    count = max(1, len(stories) // 10)
+    count = max(1, min(len(stories) // 10, 2000 * len(stories) // len(pairs)))
     chosen = set(random.Random(f"held out {seed}").sample(stories, count))
     held_out = [pair for pair in pairs if pair.story in chosen]
-    return [pair for pair in pairs if pair.story not in chosen], held_out[:2000]
+    return [pair for pair in pairs if pair.story not in chosen], held_out
 
 
 # ------------------------------------------------------------------- training the content model

@@ -654,7 +654,7 @@ def parse_json(text: str, file: Path, line: int) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"{file}:{line}: not JSON: {error}") from None
+        raise ValueError(f"{file}:{line}: not JSON: {getattr(error, 'msg', error)}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -676,8 +676,8 @@ def setting(default, help, low=-math.inf, high=math.inf, above=-math.inf, kind=N
     """Declare a field of a Settings class: its default, its meaning, and which values are allowed.
 
     A number is finite, from `low` to `high`, and greater than `above`. `kind` is the type; it must
-    be given if the default is None. The `options` choices, nargs and metavar mean what they mean to
-    argparse: with nargs a field holds a list of values of this kind.
+    be given if the default is None. The `options` mean what they mean to argparse: with nargs, a
+    field holds a list of values of this kind.
     """
     rule = {"help": help, "low": low, "high": high, "above": above, "options": options}
     return field(default=default, metadata=rule | {"kind": kind or type(default)})

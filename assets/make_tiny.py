@@ -325,7 +325,7 @@ def supervise(
 def cold_start(out: Path, config: ColdStartConfig) -> None:
     """Make tokenizer and model from nothing, train the model in three phases, and save both.
 
-    A folder that holds anything but a checkpoint is a ValueError, before any work is done.
+    A folder that holds anything is a ValueError, before any work is done.
     """
 
     def warm_up(step: int) -> float:

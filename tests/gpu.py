@@ -7,8 +7,8 @@
     equal     assets/tiny on the card and on the CPU: logits, tokens, log-probabilities, gradients
     runs      grpo.py in float32, in bfloat16 and with --offload, each resumed; rewards.py; eval.py
     decode    Qwen3-4B, random weights: milliseconds and kernels a token, beside transformers
-    loss      a micro-batch forward and backward: new lengths, the same again, no kernel for
-              packed attention, chunks of logits of other sizes
+    loss      a micro-batch forward and backward: new lengths, the same again, attention segment
+              by segment, chunks of logits of other sizes
     step      whole steps at the paper's settings: seconds, memory beside the plan, drift
     offload   the same with --offload and short completions
 
@@ -160,8 +160,10 @@ def runs() -> None:
 
     def call(script: str, *flags: object) -> float:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
-        quiet = dict(check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return timed(lambda: subprocess.run(command, **quiet))[1]
+        captured = dict(cwd=ROOT, capture_output=True, text=True)
+        done, seconds = timed(lambda: subprocess.run(command, **captured))
+        assert done.returncode == 0, f"{script}: {done.stderr[-2000:]}"
+        return seconds
 
     common = "--steps 2 --save-every 1 --prompts 4 --group-size 4 --eval-problems 4 --eval-every 0"
     common = [*common.split(), "--recompute", "--token-budget", 1500, "--device", DEVICE]
@@ -322,7 +324,8 @@ def offload() -> None:
 
 PARTS = {"equal": equal, "runs": runs, "decode": decode, "loss": loss}
 PARTS |= {"step": step, "offload": offload}
-LIMITS = {"step": 150}  # seconds, else 90
+# Seconds: nine minutes together.
+LIMITS = {"equal": 40, "runs": 150, "decode": 80, "loss": 50, "step": 130, "offload": 90}
 
 
 def main() -> None:
@@ -346,13 +349,15 @@ def main() -> None:
         command = [sys.executable, __file__, "--here", part, *["--small"] * SMALL]
         process = subprocess.Popen(command, start_new_session=True)
         try:
-            code = process.wait(timeout=None if SMALL else LIMITS.get(part, 90))
-        except subprocess.TimeoutExpired:
+            process.wait(timeout=None if SMALL else LIMITS[part])
+        except BaseException as error:  # out of time, or Ctrl-C: its own processes go, too
             os.killpg(process.pid, signal.SIGKILL)
-            code = "out of time"
-        if code:
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+        verdict = {0: "ok", None: "FAILED: out of time"}.get(process.returncode, "FAILED")
+        if verdict != "ok":
             failed.append(part)
-        print(f"    {'FAILED: ' * bool(code)}{code}, {time.time() - start:.0f} s", flush=True)
+        print(f"    {verdict}, {time.time() - start:.0f} s", flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

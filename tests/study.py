@@ -19,7 +19,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from html import escape
 from pathlib import Path
 
@@ -76,6 +76,8 @@ def train(out: Path, condition: str, seed: int, flags: list[str]) -> None:
     with open(out / f"{folder.name}.log", "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+    if not (folder / "report.html").exists():
+        raise KeyboardInterrupt(f"{folder} was stopped")
 
 
 # ----------------------------------------------------------------------------------- the tables
@@ -133,6 +135,20 @@ def make_table(out: Path, dataset: str, seeds: range) -> str:
             change = f"**{change}**" if abs(mean) > half else change
             cells.append(f"{values[measure].mean():.{digits}f} {change}")
         rows.append([condition, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def make_demonstration(out: Path, seeds: range) -> str:
+    """Write what the default run does, before and after: mean and range of the seeds."""
+    rows = [["", "before", "after"], ["---"] * 3]
+    for dataset, shown in SETS.items():
+        sides = [collect(out, ALL, when, dataset, seeds) for when in ("before", "after")]
+        for measure, (label, _) in list(shown.items())[:6]:
+            cells = []
+            for side in sides:
+                numbers = (side[measure].mean(), side[measure].min(), side[measure].max())
+                cells.append("{:.2f} ({:.2f} to {:.2f})".format(*numbers))
+            rows.append([f"{dataset}: {label}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -282,32 +298,31 @@ def draw_trajectory(before: dict, after: dict, file: Path) -> None:
     print(f"figure: {file}")
 
 
-def choose_trajectories(folder: Path) -> tuple[dict, dict]:
-    """Return the first hard problem of test whose response was mended in everything.
+def choose_trajectory(folder: Path) -> tuple[dict, dict] | None:
+    """Return a hard problem of test that was answered wrong before and well after, if there is one.
 
-    Before, the answer is wrong, an option is named early and the stages are not in order; after,
-    all of this is right. Where there is none, fewer things have to be wrong before.
+    Well: right, all stages in order, no option named early. Of several it is the first in which
+    most of this was amiss before.
     """
     sides = [read_result(folder / f"{when}.json")["responses"] for when in ("before", "after")]
-    pairs = [pair for pair in zip(*sides) if pair[0]["source"].endswith("/test")]
-    wrong = [
+
+    def amiss(record: dict) -> int:
+        return (not record["correct"]) + (not record["stage_order"]) + record["option_early"]
+
+    mended = [
         (before, after)
-        for before, after in pairs
-        if before["variant"] == "hard" and not before["correct"] and after["correct"]
+        for before, after in zip(*sides)
+        if before["source"].endswith("/test") and before["variant"] == "hard"
+        if not before["correct"] and not amiss(after)
     ]
-    wrong = [pair for pair in wrong if pair[1]["stage_order"] and not pair[1]["option_early"]]
-
-    def faults(pair: tuple[dict, dict]) -> int:
-        return pair[0]["option_early"] + (not pair[0]["stage_order"]) + pair[0]["well_formed"]
-
-    return max(wrong, key=faults)
+    return max(mended, key=lambda pair: amiss(pair[0]), default=None)
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11), metavar="2..10")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -321,16 +336,22 @@ def main() -> None:
             for seed in seeds
             for condition in CONDITIONS
         ]
-        for job in jobs:
-            job.result()
-    tables = [f"{dataset}\n\n{make_table(args.out, dataset, seeds)}\n" for dataset in SETS]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:  # Ctrl-C, too: the runs under way have saved and stopped
+            pool.shutdown(cancel_futures=True)
+            raise
+    tables = [f"{ALL}\n\n{make_demonstration(args.out, seeds)}\n"]
+    tables += [f"{dataset}\n\n{make_table(args.out, dataset, seeds)}\n" for dataset in SETS]
     (args.out / "study.md").write_text("\n".join(tables), "utf-8")
     print("\n".join(tables))
     print(f"tables: {args.out / 'study.md'}")
-    pair = choose_trajectories(folder_of(args.out, ALL, 0))
-    draw_trajectory(*pair, args.figures / "trajectory.svg")
     draw_learning(args.out, args.figures / "learning.svg", seeds)
     draw_ablations(args.out, args.figures / "ablations.svg", seeds)
+    pair = choose_trajectory(folder_of(args.out, ALL, 0))
+    if pair:
+        draw_trajectory(*pair, args.figures / "trajectory.svg")
 
 
 if __name__ == "__main__":

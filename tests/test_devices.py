@@ -1,4 +1,4 @@
-"""No mix of devices: everything runs on a second device, which is pretended on the CPU.
+"""No mix of devices: what a step and an evaluation do, on a second device that the CPU pretends.
 
 A tensor `There` says that it is on torch's device "meta"; its numbers are in a tensor of the CPU
 that it keeps. `Elsewhere` sees every operator: it computes with the kept tensors, and refuses

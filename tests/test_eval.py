@@ -614,7 +614,7 @@ def test_folders_as_people_have_them(tmp_path):
     assert set(left_out) == names
     assert left_out["broken.json"].endswith(
         f"broken.json: left out: {data}/broken.json:1: not JSON: Expecting property "
-        "name enclosed in double quotes: line 1 column 2 (char 1)"
+        "name enclosed in double quotes"
     )
     assert left_out["table.parquet"].endswith("make .jsonl, .json or .csv of it")
     # reached twice: by two arguments
@@ -1202,7 +1202,7 @@ def test_the_page_is_text_and_nothing_else(tmp_path):
     page = report_page({}, [], {"a chart": lines, "an empty one": {"kl": []}}, title="Run x")
     assert page.count("<polyline") == 1 and "an empty one" not in page and "<script" not in page
     # The x axis goes from 0 to the last step, the y axis from 0 to the largest value.
-    assert 'points="33.33,66.67 100.00,0.00 "' in page
+    assert 'points="33.33,66.67 33.33,66.67 100.00,0.00 "' in page
     assert "<h1>Run x</h1>" in page and "Trajectories" not in page and "http" not in page
     said = "Cue Encoding: he put the red ball away\nCue Interpretation: he put the red ball away\nGoal Clarification: 小明把红球放好。小明把红球放好。"
     page = report_page({"x": summarise([measure(problem, answered("B", said), 40)])}, [])

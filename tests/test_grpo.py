@@ -387,7 +387,7 @@ def test_the_command_line(tmp_path, command):
     assert "WARNING: ToMBench asks in so many words that its items never be trained on" in err + out
     assert "held out, before" in out and "next: python eval.py --model" in out
     page = tmp_path / "run" / "report.html"
-    assert out.splitlines()[-1].startswith(f"open {page}: ")
+    assert out.splitlines()[-1].startswith(f"open {page} to see")
     assert "<h1>Run run</h1>" in page.read_text() and "<svg" in page.read_text()
     assert page.read_text().count("<details") == 1  # of the held-out problems
     assert (
@@ -587,9 +587,9 @@ def test_the_page_draws_accuracy_from_before_to_after_and_what_was_logged():
         {"step": 0, "reward": 0.5, "kl": None, "eval_test": {"accuracy": 0.25}},
         {"step": 1, "reward": 1.5, "kl": 0.125},
     ]
-    charts = grpo.curves(log, {"test": {"accuracy": 0.0}}, {"test": {"accuracy": 1.0}})
+    charts = grpo.curves(log, 2, {"test": {"accuracy": 0.0}}, {"test": {"accuracy": 1.0}})
     assert charts["accuracy on held-out problems"] == {"test": [(0, 0.0), (1, 0.25), (2, 1.0)]}
     assert charts["reward"] == {"reward": [(1, 0.5), (2, 1.5)]}
     assert charts["KL to the reference"] == {"kl": [(2, 0.125)]}
     assert set(charts["terms of the reward"]) == set(grpo.TERMS)
-    assert grpo.curves([], {}, {})["accuracy on held-out problems"] == {}
+    assert grpo.curves([], 1, {}, {})["accuracy on held-out problems"] == {}
