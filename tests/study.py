@@ -147,7 +147,7 @@ def make_demonstration(out: Path, seeds: range) -> str:
             cells = []
             for side in sides:
                 numbers = (side[measure].mean(), side[measure].min(), side[measure].max())
-                cells.append("{:.2f} ({:.2f} to {:.2f})".format(*numbers))
+                cells.append("{:z.2f} ({:z.2f} to {:z.2f})".format(*numbers))
             rows.append([f"{dataset}: {label}", *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
