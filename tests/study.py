@@ -199,13 +199,14 @@ def draw_learning(out: Path, file: Path, seeds: range) -> None:
     for panel, measure in zip(axes, shown):
         for condition, colour in COLOURS.items():
             steps, values = learning_curve(out, condition, measure, seeds)
-            panel.plot(steps, values.mean(axis=0), color=colour, label=condition)
+            label = {ONLY: "only R_out, the right letter"}.get(condition, condition)
+            panel.plot(steps, values.mean(axis=0), color=colour, label=label)
             panel.fill_between(
                 steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.25, lw=0
             )
         panel.set_title(MEASURES[measure][0], fontsize=10)
         panel.set_xlabel("steps of GRPO")
-        panel.set_ylim(0, None if measure == "option_early" else 1)
+        panel.set_ylim({"stage_order": 0.6}.get(measure, 0), {"option_early": None}.get(measure, 1))
     axes[0].legend(frameon=False)
     save(figure, file)
 
@@ -254,7 +255,7 @@ def wrap(runs: list[tuple[str, str]], letters: int = 64) -> list[list[tuple[str,
 def draw_column(record: dict, title: str, x: int, y: int) -> tuple[list[str], int]:
     """Draw a response from y downwards -> SVG elements, and where they end."""
     verdict = "right" if record["correct"] else f"wrong, {record['gold']} is right"
-    heading = f"{title}: answer {record['answer']}, {verdict}; R = {record['reward']:.2f}"
+    heading = f"{title}: {verdict}; R = {record['reward']:.2f} of at most 2"
     parts = [f'<text x="{x}" y="{y}" fill="{GREY}" font-weight="bold">{escape(heading)}</text>']
     y += 8
     for stage, runs in mark_passages(record):
@@ -275,7 +276,9 @@ def draw_column(record: dict, title: str, x: int, y: int) -> tuple[list[str], in
             text = " ".join(words)
             parts.append(f'<text x="{x + 14}" y="{y + LINE * number}" fill="#222">{text}</text>')
         y += height + 6
-    return parts, y
+    answer = f"<Answer> {record['answer']} </Answer>"
+    parts.append(f'<text x="{x}" y="{y + 10}" fill="{GREY}">{escape(answer)}</text>')
+    return parts, y + 18
 
 
 def draw_trajectory(before: dict, after: dict, file: Path) -> None:
@@ -325,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, default=5, choices=range(2, 11), metavar="2..10")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (2)")
     parser.add_argument("--figures", type=Path, default=ROOT / "assets", help="where they go")
     args, flags = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
