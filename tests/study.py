@@ -192,6 +192,19 @@ def learning_curve(out: Path, condition: str, measure: str, seeds: range) -> tup
     return list(lines[0]), np.array([list(points.values()) for points in lines])
 
 
+def compare_on_the_way(out: Path, seeds: range) -> str:
+    """Say how ONLY differs from ALL on average over the evaluations in the last 60% of training."""
+    lines = [f"{ONLY} - {ALL} on test, mean of the evaluations in the last 60% of the steps:"]
+    for measure in ("hard", "control", "stage_order", "option_early"):
+        steps, full = learning_curve(out, ALL, measure, seeds)
+        _, values = learning_curve(out, ONLY, measure, seeds)
+        late = [i for i, step in enumerate(steps) if step >= 0.4 * steps[-1]]
+        differences = (values - full)[:, late].mean(axis=1)
+        change = f"{differences.mean():+.3f} ± {margin(differences):.3f}"
+        lines.append(f"{MEASURES[measure][0]} {change}")
+    return "\n".join(lines) + "\n"
+
+
 def draw_learning(out: Path, file: Path, seeds: range) -> None:
     """Draw how held-out measures go during training: the seeds' mean, and from least to most."""
     shown = ("hard", "stage_order", "option_early")
@@ -347,6 +360,7 @@ def main() -> None:
             raise
     tables = [f"{ALL}\n\n{make_demonstration(args.out, seeds)}\n"]
     tables += [f"{dataset}\n\n{make_table(args.out, dataset, seeds)}\n" for dataset in SETS]
+    tables.append(compare_on_the_way(args.out, seeds))
     (args.out / "study.md").write_text("\n".join(tables), "utf-8")
     print("\n".join(tables))
     print(f"tables: {args.out / 'study.md'}")
