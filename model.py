@@ -318,6 +318,7 @@ class Packed:
 
 
 def has_one_kernel(x: Tensor) -> bool:
+    """Say whether FlashAttention serves this tensor: it takes no float32 and no CPU."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0
 
 
