@@ -4,8 +4,8 @@
 
 For each condition below and each seed it runs `python grpo.py`, one thread for each of the jobs,
 with the same number of steps and the same evaluations: 400 test and 400 shift problems before and
-after, sampled at temperature 1. With two cores this takes about an hour and a half. Interrupted, it
-goes on where it was, with the same command.
+after, sampled at temperature 1. With two cores this takes about an hour. Interrupted, it goes on
+where it was, with the same command.
 
 Then it makes, from the files of the runs, OUT/study.md (means over the seeds; in parentheses the
 mean difference to "all terms" of the same seed, with its 95% interval by Student's t, bold where

@@ -313,7 +313,7 @@ FOLDER = tempfile.TemporaryDirectory()  # removed in the end
 
 
 @cache
-def few_stories() -> Path:
+def story_file() -> Path:
     """Forty problems in a file: a run on them begins seconds earlier than one on 4000 of its own."""
     rows = [asdict(problem) for problem in generate_problems(40, 0)]
     file = Path(FOLDER.name) / "stories.jsonl"
@@ -326,7 +326,7 @@ def start(out: Path, *flags: str, processes: int = 1) -> subprocess.Popen:
         ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
     command = [sys.executable, *launcher, str(ROOT / "grpo.py"), "--out", str(out), *SMALL]
-    command += ["--data", str(few_stories()), *flags]
+    command += ["--data", str(story_file()), *flags]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
