@@ -1376,8 +1376,11 @@ def main() -> None:
         remedy = f"begin a new run with --model {last_sound(run)}, another --out, a lower learning"
         remedy += " rate, no --warm-up if that is done, and all other settings as printed above"
         raise Diverged(f"{error}; {remedy}") from None
-    if dist.is_initialized():
+    if world_size() > 1:
         maximum(0)  # the first process is still writing
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads sometimes abort a process whose interpreter shuts down
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
