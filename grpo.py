@@ -1005,9 +1005,8 @@ def find_checkpoint(run: Run, resume: bool, identity: dict) -> Path | None:
 
 def checkpoints(out: Path) -> list[Path]:
     """List the checkpoints in a run's folder, oldest first, and no folders with other names."""
-    folders = [path for path in out.glob("checkpoint-*") if path.is_dir()]
-    folders = [path for path in folders if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
-    return sorted(folders, key=step_of)
+    named = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(filter(Path.is_dir, named), key=step_of)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -1035,9 +1034,9 @@ def save_checkpoint(run: Run, policies: Policies, step: int, state: dict) -> Pat
     target = run.out / f"checkpoint-{step:06d}"
     weights, states = {}, {}
     for name, p in policies.model.named_parameters():
-        gather(weights, name, p.detach())
+        weights[name] = collect(p.detach())
         for key, value in policies.optimizer.state[p].items():
-            gather(states, f"{name}.{key}", value)
+            states[f"{name}.{key}"] = collect(value)
     if rank():
         return target
     if not all(weight.isfinite().all() for weight in weights.values()):
@@ -1192,11 +1191,10 @@ def full_copy(model: Transformer, run: Run) -> Transformer:
     return copy.requires_grad_(False).eval()
 
 
-def gather(tensors: dict[str, Tensor], name: str, shards: Tensor) -> None:
-    """Put a full tensor into the first process's dict, on the host; all processes call this."""
+def collect(shards: Tensor) -> Tensor | None:
+    """Give the first process the full tensor, on the host; all processes call this."""
     tensor = full_tensor(shards)
-    if rank() == 0:
-        tensors[name] = tensor.cpu().contiguous()
+    return None if rank() else tensor.cpu().contiguous()
 
 
 # ----------------------------------------------------------------------------------- memory plan
@@ -1227,9 +1225,7 @@ def memory_plan(model: ModelConfig, run: Run, prompt_length: int) -> dict[str, t
     sampling_logits = 3 * 4 * wave * G * model.vocab_size
     prefill = size * min(prefill_tokens(device), wave * prompt_length)
     prefill *= 2 * model.intermediate_size + 6 * d
-    copy = 0
-    if sharded and (device.type == "cuda" or workers > 1 or size == 2):
-        copy = size * total
+    copy = size * total if sharded else 0
     reordered = 4 * (block * model.num_hidden_layers + head)
     if device.type == "cpu" and size == 4 and reordered <= REORDER_LIMIT:
         copy += reordered

@@ -30,7 +30,6 @@ The modules have the names that the checkpoints use, so loading compares names a
 nothing else.
 """
 
-import copy
 import hashlib
 import itertools
 import json
@@ -99,22 +98,22 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position's angles.
+    """Return cos and sin of every position's angles, as `rotate` wants them.
 
-    positions (B, T) -> cos, sin (B, 1, T, head_dim / 2) in float32
+    positions (B, T) -> cos, sin (B, 1, T, head_dim) in float32
     """
     angles = positions[:, None, :, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of dimensions (i, i + head_dim / 2) by the angle of its position.
 
-    (B, heads, T, head_dim) -> the same
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin). (B, heads, T, head_dim) -> the same
     """
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    partners = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * cos + partners * sin).to(x.dtype)
 
 
 Ids = Sequence[int]  # of tokens
@@ -256,12 +255,12 @@ class Packed:
           c                            x  x  x  x
 
     `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `cache` is None, or
-    else a dict to which each layer adds the keys and values (1, kv_heads, N, D) of the row, for a
-    Decoding that goes on from here.
+    else a dict to which each layer adds the keys and values of the row, for a Decoding that goes on
+    from here.
     """
 
     def __init__(self, prompts: list[Ids], completions: list[list[Ids]], device: torch.device):
-        self.cache: dict[int, tuple[Tensor, Tensor]] | None = None
+        self.cache: dict[int, Tensor] | None = None
         self.prompts: list[range] = []
         self.completions: list[list[range]] = []
         # Segments are the prompts and completions that are not empty. The keys that a segment sees
@@ -295,7 +294,7 @@ class Packed:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, heads, N, D), k and v (1, kv_heads, N, D) -> (1, heads, N, D)."""
         if self.cache is not None:
-            self.cache[layer] = (k, v)
+            self.cache[layer] = torch.cat((k, v)).permute(2, 0, 1, 3)  # (N, 2, kv_heads, D)
         k, v = k.index_select(2, self.keys_of), v.index_select(2, self.keys_of)
         if has_one_kernel(q):
             return self.attend_at_once(q, k, v)
@@ -334,30 +333,33 @@ class Decoding:
 
     A batched cache would hold and read a prompt's keys once for each completion. Here all queries
     of a group meet them in one product, which is most of what makes sampling fast. When every group
-    has an empty slot, or no row is left of a prompt, the grid shrinks. Letters: P prompts, G slots
-    each, K kv heads, n = heads / K queries on each, D = head_dim.
+    has an empty slot, or no row is left of a prompt, the grid shrinks. From one token to the next,
+    `length` and `bias` are written to and nothing is replaced, so a GPU can repeat the same kernels.
+    Letters: P prompts, G slots each, K kv heads, n = heads / K queries on each, D = head_dim, S =
+    span.
     """
 
     def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
         """Make room for prompts of these lengths (P,), and for the new tokens of their groups."""
-        device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        weight = model.embed_tokens.weight
+        kind = dict(device=weight.device, dtype=weight.dtype)
         layers = range(model.config.num_hidden_layers)
-        P, L = len(lengths), int(lengths.max())
         K, D = model.config.num_key_value_heads, model.config.head_dim
-        shape = (P, K, L, D)
-        self.prompt_keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.prompt_values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        shape = (P, K, group_size, max_new_tokens, D)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
-        self.prompt_lengths = lengths
-        beyond = torch.arange(L, device=device) >= lengths[:, None]  # (P, L)
-        bias = torch.zeros(P, 1, 1, L, device=device, dtype=dtype)
-        self.bias = bias.masked_fill_(beyond[:, None, None], -math.inf)
-        self.length = 0  # tokens that every row has written
-        prompt = torch.arange(P, device=device).repeat_interleave(group_size)
-        slot = torch.arange(group_size, device=device).repeat(P)
-        self._place(prompt, slot, (P, group_size))
+        P, L, G, N = len(lengths), int(lengths.max()), group_size, max_new_tokens
+        # Of each layer, first keys and then values.
+        self.prompts = [torch.zeros(2, P, K, L, D, **kind) for _ in layers]
+        self.written = [torch.zeros(2, P, K, G, N, D, **kind) for _ in layers]
+        self.prompt_lengths, self.longest = lengths, L
+        self.length = torch.zeros(1, dtype=torch.long, device=weight.device)  # written by every row
+        self.span = 0  # how many places for what is written take part, seen or not
+        # Unseen is what follows a prompt in its line, and what is not written yet.
+        unseen = torch.arange(L + N, device=weight.device) >= lengths[:, None]  # (P, L + N)
+        self.bias = torch.zeros(P, 1, 1, 1, L + N, **kind)
+        self.bias.masked_fill_(unseen[:, None, None, None], -math.inf)
+        self.heads = torch.arange(K, device=weight.device)[:, None]
+        prompt = torch.arange(P, device=weight.device).repeat_interleave(G)
+        slot = torch.arange(G, device=weight.device).repeat(P)
+        self._place(prompt, slot, (P, G))
 
     def fill(self, first: int, packed: Packed) -> None:
         """Copy the keys and values of prompts `first`, `first` + 1, ... from a piece of prefill.
@@ -373,9 +375,8 @@ class Decoding:
             rows += [row] * (len(start) + len(rest))
         sources, rows = torch.tensor([sources, rows], device=packed.tokens.device)
         columns = packed.positions[0, sources]
-        for layer, (keys, values) in packed.cache.items():
-            self.prompt_keys[layer][rows, :, columns] = keys[0, :, sources].transpose(0, 1)
-            self.prompt_values[layer][rows, :, columns] = values[0, :, sources].transpose(0, 1)
+        for layer, keys_and_values in packed.cache.items():
+            self.prompts[layer][:, rows, :, columns] = keys_and_values[sources]
 
     def _place(self, prompt: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
         """Put each row into a slot (rows,) of its prompt (rows,).
@@ -386,9 +387,12 @@ class Decoding:
         self.prompt, self.slot, self.grid = prompt, slot, grid
         row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
         row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
-        K = self.keys[0].shape[1]
-        self.heads = torch.arange(K, device=prompt.device)[:, None]
-        self.queries_of = row_of_slot[:, None, :] * K + self.heads
+        self.queries_of = row_of_slot[:, None, :] * len(self.heads) + self.heads
+
+    def move_to(self, length: int) -> None:
+        """Say how many tokens every row has written; the next one is seen from now on."""
+        self.length.fill_(length)
+        self.bias[..., self.longest + length] = 0
 
     @property
     def positions(self) -> Tensor:
@@ -398,23 +402,25 @@ class Decoding:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (rows, heads, 1, D), k and v (rows, K, 1, D) -> (rows, heads, 1, D)."""
         rows, K, _, D = k.shape
-        (P, G), L = self.grid, self.bias.shape[-1]
-        keys = self.keys[layer][:, :, :, : self.length + 1]  # (P, K, G, t, D)
-        values = self.values[layer][:, :, :, : self.length + 1]
-        keys[self.prompt, :, self.slot, -1] = k[:, :, 0]  # (rows, K, D)
-        values[self.prompt, :, self.slot, -1] = v[:, :, 0]
+        (P, G), L, S = self.grid, self.longest, self.span
+        new = torch.cat((k, v), dim=2).transpose(1, 2)  # (rows, 2, K, D)
+        self.written[layer][:, self.prompt, :, self.slot, self.length] = new
+        keys, values = self.written[layer][..., :S, :]  # (P, K, G, S, D)
+        prompt_keys, prompt_values = self.prompts[layer]  # (P, K, L, D)
 
         q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
-        to_prompt = q.view(P, K, -1, D) @ self.prompt_keys[layer].mT + self.bias  # (P, K, G * n, L)
-        to_written = q @ keys.mT  # (P, K, G, n, t)
+        to_prompt = q.view(P, K, -1, D) @ prompt_keys.mT  # (P, K, G * n, L)
+        to_written = q @ keys.mT  # (P, K, G, n, S)
         scores = torch.cat((to_prompt.view(P, K, G, -1, L), to_written), dim=-1)
-        weights = scores.softmax(dim=-1)
-        out = weights[..., :L].reshape(P, K, -1, L) @ self.prompt_values[layer]  # (P, K, G * n, D)
+        weights = (scores + self.bias[..., : L + S]).softmax(dim=-1)
+        out = weights[..., :L].reshape(P, K, -1, L) @ prompt_values  # (P, K, G * n, D)
         out = out.view(q.shape) + weights[..., L:] @ values
         return out[self.prompt, :, self.slot].view(rows, -1, 1, D)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all rows but these (indices, in order), and empty lines and columns of slots."""
+        if len(rows) == len(self.prompt):
+            return
         prompt, slot = self.prompt[rows], self.slot[rows]
         prompts, line, counts = prompt.unique(return_inverse=True, return_counts=True)
         grid = (len(prompts), int(counts.max()))
@@ -428,13 +434,12 @@ class Decoding:
         self.prompt_lengths, self.bias = self.prompt_lengths[prompts], self.bias[prompts]
         row = self.queries_of // K  # (P, K, G): which row stands in each new slot,
         source = ((prompt[row] * K + self.heads) * G + slot[row]).flatten()  # and its old slot
-        for layer in range(len(self.keys)):
-            for caches in (self.prompt_keys, self.prompt_values):
-                caches[layer] = caches[layer][prompts]
-            for caches in (self.keys, self.values):
-                old, t = caches[layer], self.length
-                caches[layer] = old.new_empty(grid[0], K, grid[1], *old.shape[3:])
-                caches[layer].flatten(0, 2)[:, :t] = old.flatten(0, 2)[source, :t]
+        S, n = self.span, len(source)
+        for layer, written in enumerate(self.written):
+            self.prompts[layer] = self.prompts[layer][:, prompts]
+            slots = written.flatten(1, 3)  # (2, P * K * G, N, D)
+            slots[:, :n, :S] = slots[:, source, :S]
+            self.written[layer] = slots[:, :n].unflatten(1, (grid[0], K, grid[1]))
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -484,7 +489,7 @@ def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[
     The further arguments are the fields of Sampling, by place or by name. The `logprobs` of a
     completion are those of the raw logits, whatever the settings are. Its random numbers depend
     only on the seed, its prompt, its place in the group and the position, so its tokens do not
-    depend on what else is in the batch, and equal prompts have equal groups.
+    depend on what else is in the batch, and equal prompts share a group.
 
     At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
     `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
@@ -492,7 +497,7 @@ def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[
     not finite.
     """
     groups = dict(generate_stream(model, prompts, *args, **settings))
-    return [copy.deepcopy(groups[tuple(prompt)]) for prompt in prompts]
+    return [groups[tuple(prompt)] for prompt in prompts]
 
 
 @torch.inference_mode()
@@ -515,46 +520,76 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
     G, N = sampling.group_size, sampling.max_new_tokens
     B = len(prompts) * G
     device = model.device
-    draws = []
-    for prompt in prompts:
-        draws += [uniforms(sampling.seed, prompt, place, N) for place in range(G)]
+    draws = [uniforms(sampling.seed, prompt, i, N) for prompt in prompts for i in range(G)]
     draws = torch.from_numpy(np.stack(draws)).to(device)  # (B, N)
     stops = torch.tensor(list(sampling.stop_ids), dtype=torch.long, device=device)
     tokens = torch.zeros(B, N, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, N, device=device)
-    lengths = torch.full((B,), N, device=device)
-    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    lengths = torch.full((B,), N, device=device)  # up to the first stop token, that included
 
     logits, context = prefill(model, prompts, sampling)  # (B, V)
     rows = torch.arange(B, device=device)  # the completions that are still being written
+
+    def forward(chosen: Tensor) -> Tensor:
+        return model.lm_head(model.hidden(chosen[:, None], context)[:, -1])  # (rows, V)
+
     for t in range(N):
         # 1. Sample a token for every row.
         row_logprobs = logits.float().log_softmax(dim=-1)  # (rows, V)
         chosen = choose(row_logprobs, draws[rows, t], sampling)
         tokens[rows, t] = chosen
         logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
-
-        # 2. Rows that stopped leave.
         stopped = torch.isin(chosen, stops)
-        if stopped.any():
-            lengths[rows[stopped]] = t + 1
-            finished[rows[stopped]] = True
-            stay = (~stopped).nonzero()[:, 0]
-            rows, chosen = rows[stay], chosen[stay]
-            if len(rows):
-                context.keep(stay)
-        if t == N - 1 or not len(rows):
+        lengths[rows] = torch.where(stopped, lengths[rows].clamp(max=t + 1), lengths[rows])
+        if t == N - 1:
             break
 
+        # 2. Rows that stopped leave: on a CPU at once, on a GPU after every 64 tokens.
+        context.move_to(t)
+        if t % interval(device) == 0:
+            stay = (lengths[rows] == N).nonzero()[:, 0]
+            if not len(stay):
+                break
+            rows, chosen = rows[stay], chosen[stay]
+            context.keep(stay)
+            context.span = t + interval(device)
+            forward_rows = recorded(forward, chosen) if interval(device) > 1 else forward
+
         # 3. Feed the tokens back to get the next logits.
-        logits = model.lm_head(model.hidden(chosen[:, None], context)[:, -1])
-        context.length += 1
+        logits = forward_rows(chosen)
 
     if not logprobs.isfinite().all():
         raise Diverged("logits are not finite: the weights are broken, or training has diverged")
+    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], stops)
     columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
     completions = [Completion(ids[:n], values[:n], end) for ids, values, n, end in zip(*columns)]
     return [completions[first : first + G] for first in range(0, B, G)]
+
+
+def interval(device: torch.device) -> int:
+    """Return after how many tokens rows may leave, since for a GPU that means another graph."""
+    return 64 if device.type == "cuda" else 1
+
+
+def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function as a CUDA graph, for tensors of the shape of x.
+
+    A token of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but launching them
+    one by one takes Python 24. A graph launches all at once: the same kernels on the same memory,
+    so nothing that the function reads may be replaced as long as the graph is in use.
+    """
+    given, graph = x.clone(), torch.cuda.CUDAGraph()
+    function(given)  # what a library sets up at its first call cannot be recorded
+    # Other threads, such as NCCL's, may go on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function(given)
+
+    def replay(x: Tensor) -> Tensor:
+        given.copy_(x)
+        graph.replay()
+        return result
+
+    return replay
 
 
 def uniforms(seed: int, prompt: Ids, place: int, count: int) -> np.ndarray:
@@ -863,10 +898,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             probs.scatter_add_(1, ids[:, None], torch.full_like(factor, -1))  # softmax - one-hot
             grad_logits = probs.mul_(-factor).to(weight.dtype)
             grad_hidden.append(grad_logits @ weight)
-            if grad_weight.dtype == weight.dtype:
-                grad_weight.addmm_(grad_logits.T, states)  # without a second table of this size
-            else:
-                grad_weight += grad_logits.T @ states
+            grad_weight += grad_logits.T @ states
             del probs, grad_logits
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None
 
@@ -915,9 +947,6 @@ def parse_config(raw: dict) -> ModelConfig:
         value = given.get(name)
         if value not in values:
             raise ValueError(f"config has {name} = {value!r}, not supported; expected {values}")
-    layers = given.get("layer_types") or []
-    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
-        raise ValueError(f"config has layer_types = {layers!r}, not supported")
 
     width, heads = given.get("hidden_size"), given.get("num_attention_heads")
     given["num_key_value_heads"] = given.get("num_key_value_heads") or heads

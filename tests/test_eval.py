@@ -46,7 +46,7 @@ def write(tmp_path, name, text):
 
 
 def read(path):
-    problems, notes = read_files(path)
+    problems, notes = read_files(path, None, "en", set())
     return {problem.source.partition("/")[0] for problem in problems}, problems, notes
 
 
@@ -544,11 +544,11 @@ def test_a_bilingual_table_with_gaps(tmp_path):
     rows[1], rows[2] = ",," + rows[1], rows[2].replace(",,,,,", ",,,,,,,")
     rows[3] = rows[3].replace("问,,", "问,,,,")
     path = write(tmp_path, "hard.csv", header + "\n".join(rows) + "\n")
-    problems, notes = read_files(path)
+    problems, notes = read_files(path, None, "en", set())
     assert [p.story for p in problems] == ["one", "two", "four"]
     assert problems[0].options == ("x", "y", "nan", "w")
     assert notes == [f"{path}: 1 left out: has no question in 'en' (row 4)"]
-    problems, notes = read_files(path, lang="zh")
+    problems, notes = read_files(path, None, "zh", set())
     assert [p.story for p in problems] == ["一", "三"]
     assert notes == [f"{path}: 2 left out: has no question in 'zh' (rows 3, 5)"]
 
@@ -606,7 +606,7 @@ def test_folders_as_people_have_them(tmp_path):
     (data / "again.jsonl").symlink_to(data / "one.jsonl")
     (other / "loop").symlink_to(data)
     (data / "nowhere.jsonl").symlink_to(tmp_path / "nothing")
-    problems, notes = read_files(data)
+    problems, notes = read_files(data, None, "en", set())
     assert sorted(p.source for p in problems) == ["problems/one", "problems/two"]
     notes = [note for note in notes if "again.jsonl: read already" not in note]
     left_out = {note.partition(": left out: ")[0].rpartition("/")[2]: note for note in notes}
@@ -622,9 +622,9 @@ def test_folders_as_people_have_them(tmp_path):
     # a benchmark's file that breaks off is an error, in a folder too
     write(data, "one.jsonl", row + "{")
     with pytest.raises(ValueError, match="one.jsonl:2: not JSON"):
-        read_files(data)
+        read_files(data, None, "en", set())
     with pytest.raises(ValueError, match="old.jsonl.gz:1: not UTF-8"):
-        read_files(data / "old.jsonl.gz")
+        read_files(data / "old.jsonl.gz", None, "en", set())
 
 
 @pytest.mark.parametrize(
@@ -1005,7 +1005,7 @@ def test_contamination_sees_through_numbers_marks_and_case():
     evaluation = [Problem("Ann left the hall", "another question", ("c", "d"), "B")]
     assert (
         contamination_note([seen, other], evaluation)
-        == "WARNING: 1 of 2 training problems have a story that stands in the evaluation data: x 7"
+        == "WARNING: 1 of 2 training problems have a story that stands in the evaluation data, such as 7"
     )
     assert (
         contamination_note([other], evaluation)
