@@ -333,10 +333,9 @@ class Decoding:
 
     A batched cache would hold and read a prompt's keys once for each completion. Here all queries
     of a group meet them in one product, which is most of what makes sampling fast. When every group
-    has an empty slot, or no row is left of a prompt, the grid shrinks. From one token to the next,
-    `length` and `bias` are written to and nothing is replaced, so a GPU can repeat the same kernels.
-    Letters: P prompts, G slots each, K kv heads, n = heads / K queries on each, D = head_dim, S =
-    span.
+    has an empty slot, or no row is left of a prompt, the grid shrinks. From one token to the next
+    `length` and `bias` are written to and nothing is replaced: a GPU can repeat the same kernels.
+    Letters: P prompts, G slots each, K kv heads, n = heads / K queries on each, D = head_dim.
     """
 
     def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
@@ -405,12 +404,12 @@ class Decoding:
         (P, G), L, S = self.grid, self.longest, self.span
         new = torch.cat((k, v), dim=2).transpose(1, 2)  # (rows, 2, K, D)
         self.written[layer][:, self.prompt, :, self.slot, self.length] = new
-        keys, values = self.written[layer][..., :S, :]  # (P, K, G, S, D)
+        keys, values = self.written[layer][..., :S, :]  # (P, K, G, span, D)
         prompt_keys, prompt_values = self.prompts[layer]  # (P, K, L, D)
 
         q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
         to_prompt = q.view(P, K, -1, D) @ prompt_keys.mT  # (P, K, G * n, L)
-        to_written = q @ keys.mT  # (P, K, G, n, S)
+        to_written = q @ keys.mT  # (P, K, G, n, span)
         scores = torch.cat((to_prompt.view(P, K, G, -1, L), to_written), dim=-1)
         weights = (scores + self.bias[..., : L + S]).softmax(dim=-1)
         out = weights[..., :L].reshape(P, K, -1, L) @ prompt_values  # (P, K, G * n, D)
