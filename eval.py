@@ -905,7 +905,7 @@ def contamination_note(training: list[Problem], evaluation: list[Problem]) -> st
     if not seen:
         return f"no story of the {len(training)} training problems stands in the evaluation data"
     count = f"WARNING: {len(seen)} of {len(training)} training problems"
-    return f"{count} have a story that stands in the evaluation data, such as {seen[0].id}"
+    return f"{count} have a story of the evaluation data, as has {seen[0].source} {seen[0].id}"
 
 
 # -------------------------------------------------------------------------- comparing two results

@@ -9,7 +9,7 @@ learning asks of it:
     log-probabilities    of given completions, with gradients: what the loss is made of
     files                checkpoints, the tokenizer and its chat template
 
-Three decisions shape all of it.
+Four decisions shape all of it.
 
 *A prompt is computed once.* GRPO samples a group of completions for each prompt and compares them.
 The prompt's keys and values are the same for the whole group, so they are computed once and kept
@@ -25,6 +25,11 @@ taken from the rollout and need no second pass.
 *Logits never exist all at once.* With a vocabulary of 151,936 the logits of twenty completions of
 1024 tokens take 12 GB, and their gradient as much again. The loss needs one number of each row, so
 logits are made for a few rows at a time, forward and backward (ChunkedLogProbs).
+
+*From one token to the next, only numbers change.* Launching the kernels of a token one by one takes
+three times as long as a GPU needs to run them. So they are recorded once, as a CUDA graph, and
+repeated for the next 64 tokens (`recorded`). In that time no tensor may be replaced or change its
+shape: the caches have their full size from the start, and a bias hides what is not written yet.
 
 The modules have the names that the checkpoints use, so loading compares names and shapes and does
 nothing else.
@@ -98,7 +103,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position's angles, as `rotate` wants them.
+    """Return cos and sin of every position's angles, for all dimensions, so that no halves are cut.
 
     positions (B, T) -> cos, sin (B, 1, T, head_dim) in float32
     """
@@ -329,53 +334,52 @@ class Decoding:
 
         keys of the prompts      keys of what was written, by slot
         p  p  p  p               a  a  .  |  b  b  .  |  c  c  .
-        q  q  -  -               d  d  .  |           |  e  e  .
+        q  q  -  -               d  d  .  |           |  e  e  .      (.) not written yet
 
     A batched cache would hold and read a prompt's keys once for each completion. Here all queries
     of a group meet them in one product, which is most of what makes sampling fast. When every group
-    has an empty slot, or no row is left of a prompt, the grid shrinks. From one token to the next
-    `length` and `bias` are written to and nothing is replaced: a GPU can repeat the same kernels.
-    Letters: P prompts, G slots each, K kv heads, n = heads / K queries on each, D = head_dim.
+    has an empty slot, or no row is left of a prompt, the grid shrinks. Letters: P prompts, L tokens
+    in the longest, G slots each for N tokens, K kv heads, n = heads / K queries on each, D =
+    head_dim.
     """
 
     def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
         """Make room for prompts of these lengths (P,), and for the new tokens of their groups."""
-        weight = model.embed_tokens.weight
-        kind = dict(device=weight.device, dtype=weight.dtype)
-        layers = range(model.config.num_hidden_layers)
+        device, layers = model.device, range(model.config.num_hidden_layers)
+        kind = dict(device=device, dtype=model.embed_tokens.weight.dtype)
         K, D = model.config.num_key_value_heads, model.config.head_dim
         P, L, G, N = len(lengths), int(lengths.max()), group_size, max_new_tokens
-        # Of each layer, first keys and then values.
-        self.prompts = [torch.zeros(2, P, K, L, D, **kind) for _ in layers]
-        self.written = [torch.zeros(2, P, K, G, N, D, **kind) for _ in layers]
+        # Of each layer, first keys and then values. What is not written yet has weight 0, but 0
+        # times what happens to be in memory can be NaN, so the caches begin as zeros.
+        self.prompt_cache = [torch.zeros(2, P, K, L, D, **kind) for _ in layers]
+        self.written_cache = [torch.zeros(2, P, K, G, N, D, **kind) for _ in layers]
         self.prompt_lengths, self.longest = lengths, L
-        self.length = torch.zeros(1, dtype=torch.long, device=weight.device)  # written by every row
-        self.span = 0  # how many places for what is written take part, seen or not
-        # Unseen is what follows a prompt in its line, and what is not written yet.
-        unseen = torch.arange(L + N, device=weight.device) >= lengths[:, None]  # (P, L + N)
+        self.length = torch.zeros(1, dtype=torch.long, device=device)  # what every row has written
+        self.span = 0  # attention reads so many places of what is written
+        unseen = torch.arange(L + N, device=device) >= lengths[:, None]  # (P, L + N)
         self.bias = torch.zeros(P, 1, 1, 1, L + N, **kind)
         self.bias.masked_fill_(unseen[:, None, None, None], -math.inf)
-        self.heads = torch.arange(K, device=weight.device)[:, None]
-        prompt = torch.arange(P, device=weight.device).repeat_interleave(G)
-        slot = torch.arange(G, device=weight.device).repeat(P)
+        self.kv_heads = torch.arange(K, device=device)[:, None]
+        prompt = torch.arange(P, device=device).repeat_interleave(G)
+        slot = torch.arange(G, device=device).repeat(P)
         self._place(prompt, slot, (P, G))
 
     def fill(self, first: int, packed: Packed) -> None:
         """Copy the keys and values of prompts `first`, `first` + 1, ... from a piece of prefill.
 
-        The row of the piece holds the prompts' common start and then the rest of each one. What the
-        start left is copied for every prompt: `sources` are places in that row, `rows` and
-        `columns` say where their keys go.
+        The piece holds the prompts' common start and then the rest of each one. What the start left
+        is copied for every prompt: `sources` are places in the piece, `lines` and `columns` say
+        where their keys go.
         """
         start = packed.prompts[0]
-        sources, rows = [], []
-        for row, rest in enumerate(packed.completions[0], start=first):
+        sources, lines = [], []
+        for line, rest in enumerate(packed.completions[0], start=first):
             sources += [*start, *rest]
-            rows += [row] * (len(start) + len(rest))
-        sources, rows = torch.tensor([sources, rows], device=packed.tokens.device)
+            lines += [line] * (len(start) + len(rest))
+        sources, lines = torch.tensor([sources, lines], device=packed.tokens.device)
         columns = packed.positions[0, sources]
         for layer, keys_and_values in packed.cache.items():
-            self.prompts[layer][:, rows, :, columns] = keys_and_values[sources]
+            self.prompt_cache[layer][:, lines, :, columns] = keys_and_values[sources]
 
     def _place(self, prompt: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
         """Put each row into a slot (rows,) of its prompt (rows,).
@@ -386,10 +390,10 @@ class Decoding:
         self.prompt, self.slot, self.grid = prompt, slot, grid
         row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
         row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
-        self.queries_of = row_of_slot[:, None, :] * len(self.heads) + self.heads
+        self.queries_of = row_of_slot[:, None, :] * len(self.kv_heads) + self.kv_heads
 
-    def move_to(self, length: int) -> None:
-        """Say how many tokens every row has written; the next one is seen from now on."""
+    def open_place(self, length: int) -> None:
+        """Let the next token of every row be written at this place, and be seen."""
         self.length.fill_(length)
         self.bias[..., self.longest + length] = 0
 
@@ -403,13 +407,13 @@ class Decoding:
         rows, K, _, D = k.shape
         (P, G), L, S = self.grid, self.longest, self.span
         new = torch.cat((k, v), dim=2).transpose(1, 2)  # (rows, 2, K, D)
-        self.written[layer][:, self.prompt, :, self.slot, self.length] = new
-        keys, values = self.written[layer][..., :S, :]  # (P, K, G, span, D)
-        prompt_keys, prompt_values = self.prompts[layer]  # (P, K, L, D)
+        self.written_cache[layer][:, self.prompt, :, self.slot, self.length] = new
+        keys, values = self.written_cache[layer][..., :S, :]  # (P, K, G, S, D)
+        prompt_keys, prompt_values = self.prompt_cache[layer]  # (P, K, L, D)
 
         q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
         to_prompt = q.view(P, K, -1, D) @ prompt_keys.mT  # (P, K, G * n, L)
-        to_written = q @ keys.mT  # (P, K, G, n, span)
+        to_written = q @ keys.mT  # (P, K, G, n, S)
         scores = torch.cat((to_prompt.view(P, K, G, -1, L), to_written), dim=-1)
         weights = (scores + self.bias[..., : L + S]).softmax(dim=-1)
         out = weights[..., :L].reshape(P, K, -1, L) @ prompt_values  # (P, K, G * n, D)
@@ -417,7 +421,7 @@ class Decoding:
         return out[self.prompt, :, self.slot].view(rows, -1, 1, D)
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these (indices, in order), and empty lines and columns of slots."""
+        """Go on with these rows (indices, in order), without empty lines and columns of slots."""
         if len(rows) == len(self.prompt):
             return
         prompt, slot = self.prompt[rows], self.slot[rows]
@@ -426,19 +430,19 @@ class Decoding:
         if grid == self.grid:
             self._place(prompt, slot, grid)
             return
-        K, G = self.queries_of.shape[1:]
+        K, old_G = len(self.kv_heads), self.grid[1]
         # The first row of a line goes into column 0, the next one into column 1.
         column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
         self._place(line, column, grid)
         self.prompt_lengths, self.bias = self.prompt_lengths[prompts], self.bias[prompts]
-        row = self.queries_of // K  # (P, K, G): which row stands in each new slot,
-        source = ((prompt[row] * K + self.heads) * G + slot[row]).flatten()  # and its old slot
-        S, n = self.span, len(source)
-        for layer, written in enumerate(self.written):
-            self.prompts[layer] = self.prompts[layer][:, prompts]
-            slots = written.flatten(1, 3)  # (2, P * K * G, N, D)
-            slots[:, :n, :S] = slots[:, source, :S]
-            self.written[layer] = slots[:, :n].unflatten(1, (grid[0], K, grid[1]))
+        row = self.queries_of // K  # (P, K, G): which row stands in each new slot;
+        source = ((prompt[row] * K + self.kv_heads) * old_G + slot[row]).flatten()  # where it stood
+        for layer, cache in enumerate(self.written_cache):
+            self.prompt_cache[layer] = self.prompt_cache[layer][:, prompts]
+            slots = cache.flatten(1, 3)  # (2, P * K * old_G, N, D)
+            # The right side is a copy, so the old slots and the new ones may overlap.
+            slots[:, : len(source), : self.span] = slots[:, source, : self.span]
+            self.written_cache[layer] = slots[:, : len(source)].unflatten(1, (grid[0], K, grid[1]))
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -487,8 +491,8 @@ def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[
 
     The further arguments are the fields of Sampling, by place or by name. The `logprobs` of a
     completion are those of the raw logits, whatever the settings are. Its random numbers depend
-    only on the seed, its prompt, its place in the group and the position, so its tokens do not
-    depend on what else is in the batch, and equal prompts share a group.
+    only on the seed, its prompt, its place in the group and the position, so its tokens depend on
+    what else is in the batch by rounding at most, and equal prompts share a group.
 
     At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
     `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
@@ -528,8 +532,9 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
 
     logits, context = prefill(model, prompts, sampling)  # (B, V)
     rows = torch.arange(B, device=device)  # the completions that are still being written
+    every = tokens_per_graph(device)
 
-    def forward(chosen: Tensor) -> Tensor:
+    def next_logits(chosen: Tensor) -> Tensor:
         return model.lm_head(model.hidden(chosen[:, None], context)[:, -1])  # (rows, V)
 
     for t in range(N):
@@ -538,24 +543,23 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
         chosen = choose(row_logprobs, draws[rows, t], sampling)
         tokens[rows, t] = chosen
         logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
-        stopped = torch.isin(chosen, stops)
-        lengths[rows] = torch.where(stopped, lengths[rows].clamp(max=t + 1), lengths[rows])
-        if t == N - 1:
+
+        # 2. Note where rows stop.
+        ends = torch.where(torch.isin(chosen, stops), t + 1, N)
+        lengths[rows] = torch.minimum(lengths[rows], ends)
+        going_on = (lengths[rows] == N).nonzero()[:, 0]
+        if t == N - 1 or not len(going_on):
             break
 
-        # 2. Rows that stopped leave: on a CPU at once, on a GPU after every 64 tokens.
-        context.move_to(t)
-        if t % interval(device) == 0:
-            stay = (lengths[rows] == N).nonzero()[:, 0]
-            if not len(stay):
-                break
-            rows, chosen = rows[stay], chosen[stay]
-            context.keep(stay)
-            context.span = t + interval(device)
-            forward_rows = recorded(forward, chosen) if interval(device) > 1 else forward
-
-        # 3. Feed the tokens back to get the next logits.
-        logits = forward_rows(chosen)
+        # 3. Feed the tokens back to get the next logits. Rows that stopped leave first, but with a
+        # graph only when the next one is recorded; what they write until then is not read.
+        context.open_place(t)
+        if t % every == 0:
+            rows, chosen = rows[going_on], chosen[going_on]
+            context.keep(going_on)
+            context.span = min(t + every, N)
+            forward = recorded(next_logits, chosen) if every > 1 else next_logits
+        logits = forward(chosen)
 
     if not logprobs.isfinite().all():
         raise Diverged("logits are not finite: the weights are broken, or training has diverged")
@@ -565,22 +569,23 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
     return [completions[first : first + G] for first in range(0, B, G)]
 
 
-def interval(device: torch.device) -> int:
-    """Return after how many tokens rows may leave, since for a GPU that means another graph."""
+def tokens_per_graph(device: torch.device) -> int:
+    """Return for how many tokens the batch keeps its shape; 1: there are no graphs."""
     return 64 if device.type == "cuda" else 1
 
 
 def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the function as a CUDA graph, for tensors of the shape of x.
 
-    A token of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but launching them
-    one by one takes Python 24. A graph launches all at once: the same kernels on the same memory,
-    so nothing that the function reads may be replaced as long as the graph is in use.
+    A token of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but Python needs 24
+    ms to launch them one by one. A graph launches all at once: the same kernels on the same memory.
+    So each call overwrites the result of the one before. The function runs when it is recorded,
+    too: it must do no harm to run it twice.
     """
     given, graph = x.clone(), torch.cuda.CUDAGraph()
     function(given)  # what a library sets up at its first call cannot be recorded
     # Other threads, such as NCCL's, may go on meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = function(given)
 
     def replay(x: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ def elsewhere(monkeypatch):
         monkeypatch.setattr(torch, "tensor", tensor)
         monkeypatch.setattr(sampler, "varlen_attn", attention_by_definition)
         monkeypatch.setattr(sampler, "has_one_kernel", lambda x: x.device.type == "meta")
-        monkeypatch.setattr(sampler, "interval", lambda device: 1 if device.type == "cpu" else 8)
+        eight = lambda device: 1 if device.type == "cpu" else 8  # noqa: E731
+        monkeypatch.setattr(sampler, "tokens_per_graph", eight)
         monkeypatch.setattr(sampler, "recorded", lambda function, x: function)
         with Elsewhere():
             return here, function("meta")

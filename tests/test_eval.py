@@ -1005,7 +1005,7 @@ def test_contamination_sees_through_numbers_marks_and_case():
     evaluation = [Problem("Ann left the hall", "another question", ("c", "d"), "B")]
     assert (
         contamination_note([seen, other], evaluation)
-        == "WARNING: 1 of 2 training problems have a story that stands in the evaluation data, such as 7"
+        == "WARNING: 1 of 2 training problems have a story of the evaluation data, as has x 7"
     )
     assert (
         contamination_note([other], evaluation)

@@ -120,7 +120,7 @@ def test_files_give_up_whole_stories_for_evaluation(tmp_path, capsys):
         row["question"] for row in rows[:10:2]
     ] and len(problems) == 60
     assert (
-        "WARNING: 10 of 60 training problems have a story that stands in the evaluation data, such as mine:1"
+        "WARNING: 10 of 60 training problems have a story of the evaluation data, as has problems/mine mine:1"
         in capsys.readouterr().out
     )
 

@@ -276,7 +276,7 @@ def test_each_distinct_prompt_is_computed_once_and_held_once(tiny, forwards):
     groups = generate(tiny, [a, b, a, c, a], group_size=4, max_new_tokens=3)
     assert [(rows, tokens) for rows, tokens, _ in forwards] == [(1, 3 + 6 + 1), (12, 1), (12, 1)]
     context = forwards[1][2]
-    assert {keys_and_values.shape[1] for keys_and_values in context.prompts} == {3}
+    assert {keys_and_values.shape[1] for keys_and_values in context.prompt_cache} == {3}
     assert groups[0] == groups[2] == groups[4]
 
 
@@ -291,7 +291,7 @@ def test_finished_rows_and_prompts_leave_the_batch(tiny, forwards):
     still = {
         i for i, group in enumerate(groups) if max(len(c.tokens) for c in group) == lengths.max()
     }
-    assert isinstance(context, Decoding) and len(context.prompts[0][0]) == len(still) < 3
+    assert isinstance(context, Decoding) and len(context.prompt_cache[0][0]) == len(still) < 3
 
 
 class Graph(TorchDispatchMode):
@@ -328,7 +328,7 @@ def test_a_graph_of_the_forward_pass_changes_nothing(tiny, monkeypatch, interval
         sizes.append(len(x))
         return Graph(function, x)
 
-    monkeypatch.setattr(module, "interval", lambda device: interval)
+    monkeypatch.setattr(module, "tokens_per_graph", lambda device: interval)
     monkeypatch.setattr(module, "recorded", record)
     now_and_then = generate(tiny, PROMPTS, **settings)
     assert len(sizes) == -(-29 // interval) and (interval > 20) == (len(set(sizes)) == 1)
