@@ -338,9 +338,10 @@ class Decoding:
 
     A batched cache would hold and read a prompt's keys once for each completion. Here all queries
     of a group meet them in one product, which is most of what makes sampling fast. When every group
-    has an empty slot, or no row is left of a prompt, the grid shrinks. Letters: P prompts, L tokens
-    in the longest, G slots each for N tokens, K kv heads, n = heads / K queries on each, D =
-    head_dim.
+    has an empty slot, or no row is left of a prompt, the grid shrinks.
+
+    Letters: P prompts, L tokens in the longest, G slots each for N tokens; K kv heads with n =
+    heads / K queries, D = head_dim.
     """
 
     def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
@@ -354,8 +355,10 @@ class Decoding:
         self.prompt_cache = [torch.zeros(2, P, K, L, D, **kind) for _ in layers]
         self.written_cache = [torch.zeros(2, P, K, G, N, D, **kind) for _ in layers]
         self.prompt_lengths, self.longest = lengths, L
-        self.length = torch.zeros(1, dtype=torch.long, device=device)  # what every row has written
-        self.span = 0  # attention reads so many places of what is written
+        # How much every row has written: a tensor, because a graph would repeat a plain number.
+        self.length = torch.zeros(1, dtype=torch.long, device=device)
+        self.span = 0  # how many places of what is written attention reads
+        # The bias hides what follows a prompt in its line, and what is not written yet.
         unseen = torch.arange(L + N, device=device) >= lengths[:, None]  # (P, L + N)
         self.bias = torch.zeros(P, 1, 1, 1, L + N, **kind)
         self.bias.masked_fill_(unseen[:, None, None, None], -math.inf)
