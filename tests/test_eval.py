@@ -1230,7 +1230,7 @@ def test_the_command_line(tmp_path, command):
     story = generate_problems(1, 0, "test")[0].story.upper()
     row = {"story": story, "question": "q", "options": ["a", "b"], "answer": "A"}
     code, out, _ = command(eval.main, *run, "--train", write(tmp_path, "train.jsonl", lines(row)))
-    assert code == 0 and "WARNING: 1 of 1 training problems have a story that stands in" in out
+    assert code == 0 and "WARNING: 1 of 1 training problems have a story of the" in out
 
 
 def test_the_command_line_fails_in_one_line(tmp_path, command):
