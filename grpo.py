@@ -15,7 +15,7 @@ states, [O] what is our own choice because the public text is silent. One step o
 
 Here logp, logp_old and ref are log-probabilities of one sampled token: under the policy that is
 being trained, under the policy as it was when it sampled the token, and under the reference, the
-model that training began with. eps avoids a division by 0, and e = 0.2 is the clip range.
+model that training began with. e = 0.2 is the clip range, and eps only avoids a division by 0.
 
 If you have trained supervised models only, these are the questions that the formulas leave open.
 
@@ -28,20 +28,29 @@ grad log p is 0. With the expected reward subtracted, A says how much better tha
 completion was, and what was worse becomes less likely. With A = 1 everywhere it would be supervised
 learning on the policy's own samples.
 
+*Why do all tokens of a completion have the same A?* A completion is written token by token, so its
+log p(y) is the sum of its tokens' logp, and R * grad log p(y) is a sum in which each token has the
+same factor. The reward does not say which token earned it. Only the comparison of many completions
+tells them apart.
+
 *Why a group?* "Better than expected" needs an expectation. Other methods train a second network to
 predict the reward. GRPO asks the same question G times and takes the mean reward of the group: what
 this policy earns on this problem at present. A hard problem's only right answer stands out, and so
 does an easy problem's only mistake. Dividing by the standard deviation gives every problem the same
-say, whatever the scale of its rewards. Where all rewards are equal there is nothing to compare, and
-the advantages are 0; only the KL still acts.
+say, whatever the scale of its rewards. (That changes the objective: problems that are nearly
+solved, or nearly hopeless, count for more. That the mean contains R_i itself does not: it only
+makes the step shorter, by the factor (G - 1) / G.) Where all rewards are as good as equal there is
+nothing to compare, and the advantages are 0; only the KL still acts.
 
 *Why a ratio?* Sampling is slow, so a rollout may be split into several updates, each on other
 groups (--minibatches). From the second update on, the tokens come from a policy that is no longer
 the one that is trained. The ratio of the two probabilities corrects for it: its gradient is
 ratio * grad logp, and a token that has become twice as likely counts twice, as it would in a fresh
-sample. In the first update of a rollout the two policies are the same: the ratio is 1 but for
-rounding, nothing is clipped, and the gradient is the plain policy gradient A * grad logp. With one
-update per rollout, the default for real models, it is never anything else.
+sample. In the first update of a rollout the two policies are the same, and with one update per
+rollout, the default for real models, in all of them: the ratio is 1 but for rounding, and the
+gradient is the plain policy gradient A * grad logp. In float32 rounding is 1e-4 at most. In
+bfloat16 single tokens are off by some tenths, so a few are clipped before anything was learned (in
+the log: `logprob_drift`, `clip_fraction`). GRPO's further passes over the same groups are left out.
 
 *Why the clip, and why the minimum?* The ratio is trustworthy only near 1: a few tokens with a large
 ratio would otherwise run the show. So nothing is gained by moving a token's probability further
@@ -62,8 +71,15 @@ keeps fluent language, and whatever else nobody rewards, from drifting away. The
 estimate from single samples ("k3"). With x = ref - logp it is exp(x) - x - 1, which is never
 negative, because exp(x) lies above its tangent x + 1. The mean of -x over the policy's samples is
 the KL divergence, and the mean of exp(x) is the sum of p * ref / p = 1, so the mean of the whole is
-the KL divergence, too. Taken alone, -x would be useless in a loss: its gradient is grad logp, whose
-mean is 0.
+the KL divergence, too. That is its value. In a loss only the gradient acts: that of -x is
+grad logp, whose mean is 0. That of k3 is (1 - exp(x)) * grad logp, whose mean is the gradient of
+the divergence the other way round, KL(reference || policy). Both draw the policy to the reference.
+
+*What does the mean over tokens do?* The policy gradient adds up the tokens of a completion. GRPO
+divides by their number [P]: every completion has the same say, but each token of a long one has
+less, so that a long mistake is punished less by the token than a short one. With `--reduction dapo`
+(arXiv 2503.14476) all tokens of an update weigh the same; `dr_grpo` (arXiv 2503.20783) divides by a
+constant, and leaves out the division by std(R), too.
 
 *What do micro-batches divide by?* The means above are over all completions of an update. A
 micro-batch that divided by its own count would weigh its completions differently from the others',
@@ -77,9 +93,10 @@ is a mistake like any other.
 *What does the loss say?* Hardly anything. The advantages of a group add up to 0, so with the ratio
 at 1 the surrogate is about 0 however much is learned. Watch the reward and its terms instead.
 
-The page goes on in this order: the objective, one step, the update, the loop, then settings,
-checkpoints, several processes, the plan of a run's memory, and the command line. In one process,
-which is enough to read it, `summed`, `maximum` and `full_copy` return what they are given.
+The page goes on in this order: the objective, one step, the update, the loop. Who came for the
+algorithm may stop there; settings, checkpoints, several processes, the plan of a run's memory and
+the command line follow. In one process, which is enough to read it, `summed`, `maximum` and
+`full_copy` return what they are given, and `wait_for_all` does nothing.
 """
 
 from __future__ import annotations
@@ -92,7 +109,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -126,12 +142,14 @@ from model import completion_logprobs, generate, load_model, logits_at_once, log
 from model import logprobs_and_entropy, new_folder, open_weights, pad, prefill_tokens
 from model import read_config, read_json, weight_files, write_model
 from rewards import TERMS, ContentModel, Reward, RewardConfig, curriculum
-from rewards import load_content_model, parse_groups, total_reward
+from rewards import grouped, load_content_model, parse_groups, total_reward
 from socialr1 import CAUSES, TINY, TINY_CONTENT, Parser, Problem, Settings, build_messages
 from socialr1 import exit_on_error, generate_problems, generate_stories, parse_response
 from socialr1 import read_instructions, setting, write_json, write_text
 
 # -------------------------------------------------------------------------------- the objective
+
+REDUCTIONS = ("grpo", "dapo", "dr_grpo")
 
 
 def group_advantages(rewards: Tensor, scale=True, eps=1e-6, min_spread=1e-3) -> Tensor:
@@ -238,6 +256,11 @@ def loss_normalizer(completions: float, tokens: float, reduction: str, max_lengt
 
 
 # ------------------------------------------------------------------------------------- one step
+#
+# `Run` (below) is what was asked for: `run.config` and `run.reward_config` hold the settings. Three
+# words for one thing: a Completion is what the sampler wrote, `tokens`, their `logprobs` at that
+# time, and whether it `finished`; a Response is its text, parsed into `stages` and `answer`; a
+# Reward is what that earned, `total` and by term.
 
 
 @dataclass
@@ -263,7 +286,10 @@ class Training:
 
 @dataclass
 class Group:
-    """A prompt, completions that the policy sampled for it, and their advantages."""
+    """A prompt, completions that the policy sampled for it, and their advantages.
+
+    In the warm-up it is a prompt and one correct response, which has no log-probabilities.
+    """
 
     prompt: list[int]
     completions: list[Completion]
@@ -276,7 +302,8 @@ def train_step(training: Training, run: Run, step: int) -> dict:
 
     # 1. Roll out: the policy answers every problem of the step G times.
     problems = problems_of_step(training.problems, step, config.prompts, config.seed)
-    problems = problems[rank() :: world_size()]  # with several processes each takes its part
+    share = config.prompts // world_size()  # with several processes each takes its part
+    problems = problems[rank() * share :][:share]
     chats = [build_messages(problem, training.instructions) for problem in problems]
     prompts = [tokenizer.chat(messages) for messages in chats]
     sampling = dict(group_size=config.group_size, max_new_tokens=config.max_new_tokens)
@@ -291,7 +318,7 @@ def train_step(training: Training, run: Run, step: int) -> dict:
         contents = training.content_model.rewards(problems, responses)
     clock.lap("content")
     tau = curriculum(step, config.steps, run.reward_config)
-    rewards = score(problems, groups, responses, contents, tau, run.reward_config)
+    rewards = reward_groups(problems, groups, responses, contents, tau, run.reward_config)
     line = log_line(step, groups, responses, rewards)
     if step == 0:
         tell_first_rollout(line, tokenizer.decode(groups[0][0].tokens, special=True), config)
@@ -345,18 +372,14 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     return [problems[i] for i in order[batch * count : (batch + 1) * count]]
 
 
-def score(
+def reward_groups(
     problems: list, groups: list, responses: list, contents: list, tau: float, config: RewardConfig
 ) -> list[list[Reward]]:
     """Compute the Reward of every Completion from its Response and its R_content: P lists of G."""
-    rewards = []
-    for problem, *columns in zip(problems, groups, responses, contents):
-        group = []
-        for completion, response, content in zip(*columns):
-            length = len(completion.tokens)
-            group.append(total_reward(response, problem, length, tau, content, config))
-        rewards.append(group)
-    return rewards
+    return [
+        [total_reward(r, problem, len(c.tokens), tau, x, config) for c, r, x in zip(*group)]
+        for problem, *group in zip(problems, groups, responses, contents)
+    ]
 
 
 def log_line(step: int, groups: list, responses: list, rewards: list) -> dict:
@@ -483,9 +506,9 @@ def accumulate(
 
 def minibatches(rollout: list[Group], number: int) -> Iterator[list[Group]]:
     """Deal the groups of all processes out to `number` minibatches, in turn."""
-    # The places of this process's groups in the step are rank, rank + world_size, ...
+    first = rank() * len(rollout)  # the place of this process's first group in the step
     for i in range(number):
-        yield [g for p, g in enumerate(rollout) if (rank() + p * world_size()) % number == i]
+        yield [group for place, group in enumerate(rollout, first) if place % number == i]
 
 
 def micro_batches(rollout: list[Group], budget: int) -> Iterator[list[Group]]:
@@ -600,7 +623,7 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
         content_model = load_content_model(run.content, run.device, getattr(torch, run.dtype))
         for problem in problems:  # a story that is too long says so now, not in mid-run
             content_model.encode(problem.story, problem.question, [])
-    maximum(0)  # every process has looked for checkpoints before the first one writes
+    wait_for_all()  # they have looked for checkpoints before the first one writes
     run.out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         write_text(run.out / "instructions.txt", instructions)
@@ -621,8 +644,9 @@ def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     generated stories.
     """
     config = run.config
-    problems = generate_problems(GENERATED, config.seed)
-    if run.data:
+    if not run.data:
+        problems = generate_problems(GENERATED, config.seed)
+    else:
         problems = read_all(run.data, run.lang)
         distinct = {(p.story, p.question, p.options): p for p in problems}
         if len(distinct) < len(problems):
@@ -647,11 +671,11 @@ def hold_out_stories(problems: list[Problem], count: int) -> tuple[list[Problem]
 
     Returns the problems of the other stories, and `count` of those that were kept back.
     """
-    stories = list(dict.fromkeys(normalise(problem.story) for problem in problems))
-    kept_back = random.Random("held out").sample(stories, len(stories) // 10 if count else 0)
-    held_out = [problem for problem in problems if normalise(problem.story) in kept_back]
-    training = [problem for problem in problems if normalise(problem.story) not in kept_back]
-    return training, held_out[:count]
+    by_story = grouped(problems, [normalise(problem.story) for problem in problems])
+    tenth = len(by_story) // 10 if count else 0
+    kept_back = random.Random("held out").sample(list(by_story), tenth)
+    held_out = list(itertools.chain(*map(by_story.pop, kept_back)))
+    return list(itertools.chain(*by_story.values())), held_out[:count]
 
 
 def load_policies(run: Run, checkpoint: Path | None) -> Policies:
@@ -722,7 +746,7 @@ def warm_up(
         raise ValueError(f"--warm-up: {len(traced)} rows of --data have a trace; {TRACES} or more")
     state = {"identity": identify(run, traced, {}), "moment": tokenizer.moment}
     checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
-    maximum(0)  # as in prepare
+    wait_for_all()  # as in prepare
     if checkpoint:
         state = read_json(checkpoint / "state.json")
         tokenizer.moment = state["moment"]
@@ -890,7 +914,6 @@ def curves(log: list[dict], steps: int, before: dict, after: dict) -> dict[str, 
 # -------------------------------------------------------------------------------------- settings
 
 
-REDUCTIONS = ("grpo", "dapo", "dr_grpo")
 DTYPES = ("float32", "bfloat16")  # weights, gradients and AdamW's states are float32 always
 
 
@@ -971,8 +994,7 @@ def identify(run: Run, problems: list[Problem], held_out: dict[str, list[Problem
     for kind, asked in ({"training": problems} | held_out).items():
         sources = [problem.source for problem in asked]
         identity[f"order of {kind} problems"] = digest(sources)
-        for source in dict.fromkeys(sources):
-            of_source = [problem for problem in asked if problem.source == source]
+        for source, of_source in grouped(asked, sources).items():
             identity[f"{kind} problems of {source}"] = digest(repr(of_source))
     for kind, folder in (("model", run.model), ("content model", run.content or Path("none"))):
         others = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
@@ -1132,6 +1154,11 @@ def summed(values: dict[str, float], operation=dist.ReduceOp.SUM) -> dict[str, f
 def maximum(value: float) -> float:
     """Return the largest of the values that the processes have."""
     return summed({"value": value}, dist.ReduceOp.MAX)["value"]
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    maximum(0)
 
 
 def equally_many(batches: Iterator[list[Group]]) -> Iterator[list[Group]]:
@@ -1373,7 +1400,7 @@ def main() -> None:
         remedy += " rate, no --warm-up if that is done, and all other settings as printed above"
         raise Diverged(f"{error}; {remedy}") from None
     if world_size() > 1:
-        maximum(0)  # the first process is still writing
+        wait_for_all()  # the first process is still writing
         sys.stdout.flush()
         os._exit(0)  # gloo's threads sometimes abort a process whose interpreter shuts down
     if dist.is_initialized():

@@ -253,14 +253,12 @@ def total_reward(
 
         R = R_fmt * (w_out R_out + tau (w_struct R_struct + w_content R_content)) * R_len
 
-    `content` is R_content, or a function of response and problem that computes it, or None. An
-    addend that is off or not computed is 0, a factor that is off is 1, and no weight changes.
+    `content` is R_content, or None where no content model computed it. An addend that is off or not
+    computed is 0, a factor that is off is 1, and no weight changes.
     """
     off = config.off
     if "content" in off:
         content = None
-    elif callable(content):
-        content = content(response, problem)
     window = (config.min_length, config.max_length, config.sharpness)
     parts = {
         "fmt": format_reward(response, problem),

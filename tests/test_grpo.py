@@ -51,14 +51,14 @@ def untrained(tmp_path_factory):
 def planted(monkeypatch):
     """A reward that any policy can earn: the share of sampled ids that are even."""
 
-    def score(problems, groups, responses, contents, tau, config):
+    def reward_groups(problems, groups, responses, contents, tau, config):
         parts = {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": None, "len": 1.0, "tau": tau}
         return [
             [Reward(sum(t % 2 == 0 for t in c.tokens) / len(c.tokens), parts) for c in group]
             for group in groups
         ]
 
-    monkeypatch.setattr(grpo, "score", score)
+    monkeypatch.setattr(grpo, "reward_groups", reward_groups)
 
 
 def run_in(folder, model, **changes):

@@ -240,7 +240,7 @@ def test_the_total_is_the_paper_s_form():
     assert reward.total == pytest.approx(1.0 + 0.5 * 0.5 * 0.75, abs=1e-9)
     expected = {"fmt": 1, "out": 1, "struct": 0.75, "content": None, "len": 1, "tau": 0.5}
     assert {name: reward.parts[name] for name in expected} == pytest.approx(expected, abs=1e-9)
-    scored = total_reward(response, PROBLEM, length=528, tau=0.5, content=lambda *_: 0.25)
+    scored = total_reward(response, PROBLEM, length=528, tau=0.5, content=0.25)
     assert scored.total == pytest.approx(1.0 + 0.5 * (0.5 * 0.75 + 0.5 * 0.25), abs=1e-9)
     assert (
         total_reward(respond(CE, answer="B"), PROBLEM, 528, config=RewardConfig(w_struct=0.0)).total
