@@ -12,7 +12,8 @@ of 2000 bootstrap draws [O]: each draw takes as many stories as there are, with 
 computes the mean again. *Stories* are drawn rather than questions, because the questions of a story
 stand or fall together: a model that loses track of a story gets all of its questions wrong. Ten
 stories with ten questions each are nearer to ten observations than to a hundred, and an interval
-that counts them as a hundred is far too narrow.
+that counts them as a hundred is far too narrow. With few stories, or an accuracy near 0 or 1, this
+one is too narrow, too: 4 right out of 4 give [1, 1].
 
 Two results are compared on the problems that both answered, problem by problem. What makes a
 problem hard is the same on both sides and cancels in the difference. The interval of the difference
@@ -27,9 +28,9 @@ speaks to one of them. The process measures are those from parse_rate on:
                    read as one, or that names a single letter [O]. If the accuracy grows and this
                    does not, only the form was learned
     macro          the mean of the benchmarks' accuracies, as in the paper's main table [P]
-    hard, control  the accuracy on generated stories where a shortcut, "people know whatever the
-                   reader knows", leads to a wrong option, and on their twins, where it leads to
-                   the right one
+    hard, control  the accuracy on generated stories where a shortcut, such as "people know whatever
+                   the reader knows", leads to a wrong option, and on their twins, where it leads
+                   to the right one
     shortcut_gap   control - hard: what shortcuts are worth to the model. High scores that rest on
                    shortcuts are the paper's *shortcut illusion* [P]
     parse_rate     responses with one readable answer; where this is far below 1, the accuracy
@@ -98,7 +99,8 @@ def evaluate(
 
     `content` scores the stages of each response, `label` names a progress bar. Answers are appended
     to the file `journal` as they come; called again after an interruption, evaluate asks only for
-    those that are missing, at the moment when it was called first. ValueError: no problems, a
+    those that are missing. The journal also keeps when it was begun, because a chat template may
+    write the date: resumed after midnight, the prompts are the same. ValueError: no problems, a
     problem too long for the model's context.
     """
     if not problems:
@@ -226,12 +228,17 @@ def measure(
 
 
 def lenient_answer(text: str, problem: Problem) -> str | None:
-    """Return the letter in the last line that reads as an answer, or that names a single letter."""
+    """Return the letter in the last line that reads as an answer, or that names a single letter.
+
+    A letter is named by "option B", "the answer is B", "(B)" or "B." A line that lists several, as
+    in "B or C", is passed over.
+    """
     lines = re.sub(r"(?i)</?(?:think|answer)>|\\boxed\{|\}", "\n", plain(text)).splitlines()
     for line in reversed(lines):
         spans = letter_mentions(line, problem)
         named = {re.findall("[A-Z]", line[start:end])[-1] for start, end in spans}
-        listed = re.search(rf"(?:,|/|\bor\b|\band\b) *[{problem.letters}]\b", line)  # "B or C"
+        letter = rf"\b[{problem.letters}]\b"
+        listed = re.search(rf"{letter}\W{{0,3}}(?:,|/|\bor\b|\band\b)\W{{0,3}}{letter}", line)
         answer = read_answer(line, problem) or "".join(named)
         if len(answer) == 1 and not listed:
             return answer
@@ -373,10 +380,11 @@ def sum_up(units: list[Unit]) -> dict:
     if "hard" in overall and "control" in overall:
         overall["shortcut_gap"] = overall["control"] - overall["hard"]
     estimates["overall"] = overall
-    groups["overall"] = group_units(units, "variant")
-    values = map_sections(lambda draws: float(draws[0]), estimates)
-    result = dict.fromkeys(MEASURES) | values["overall"] | values
-    result |= {"n": len(units), "counts": map_sections(len, groups)}
+    having = np.count_nonzero(weights, axis=0).tolist()  # units that have a measure at all
+    counts = map_sections(len, groups) | {"overall": dict(zip(measures[0], having))}
+    means = map_sections(lambda draws: float(draws[0]), estimates)
+    result = dict.fromkeys(MEASURES) | means["overall"] | means
+    result |= {"n": len(units), "counts": counts}
     return result | {"intervals": map_sections(interval, estimates)}
 
 
@@ -450,8 +458,9 @@ def cell(key: str, value: float | None, bounds: Sequence[float] | None = None) -
 TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
 DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
-COMPANIONS = " .md .rst .txt .lst .py .sh .ipynb .html .pdf .png .jpg .svg .yml .yaml .toml .cfg"
-COMPANIONS = tuple(COMPANIONS.split(" "))  # files that nobody takes for data
+# The endings of files that nobody takes for data; README and LICENSE have none.
+COMPANIONS = ".md .rst .txt .lst .py .sh .ipynb .html .pdf .png .jpg .svg .yml .yaml .toml .cfg"
+COMPANIONS = ("", *COMPANIONS.split())
 
 
 def emobench_eu(row: dict, lang: str) -> Iterator[dict | str]:
@@ -601,6 +610,7 @@ def recognise(file: Path, columns: list[str]) -> Reader:
         return reader
     # ToMBench-Hard has ToMBench's columns or others, but comes as CSV, and has four options.
     hard = file.suffix.lower() == ".csv" and reader.name != "socialiqa"
+    hard = hard and present.isdisjoint(("variant", "trace"))  # those are ours
     letters = "abcd" if hard else "a"
     names = COLUMNS["en"]
     for pattern in names["option"]:
@@ -1043,11 +1053,8 @@ def repetitions(text: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class EvalConfig(Settings):
-    """Settings of an evaluation: which problems, and how they are answered."""
+    """How problems are answered: the settings of `evaluate`."""
 
-    lang: str = setting("en", "language of a bilingual benchmark", choices=("en", "zh"))
-    split: str = setting("test", "of generated stories", choices=("train", "test", "shift"))
-    limit: int = setting(None, "problems; else 400 stories, or all data", low=1, kind=int)
     samples: int = setting(1, "responses per problem; the accuracy is their mean", low=1)
     temperature: float = setting(None, "else 0, greedy; 1 with --samples", low=0, kind=float)
     top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, high=1)
@@ -1064,6 +1071,9 @@ class Command(EvalConfig):
 
     model: Path = setting(TINY, "checkpoint folder", kind=Path)
     data: list = setting(None, "original files, folders, our JSONL", kind=Path, nargs="+")
+    lang: str = setting("en", "language of a bilingual benchmark", choices=("en", "zh"))
+    split: str = setting("test", "of generated stories", choices=("train", "test", "shift"))
+    limit: int = setting(None, "problems; else 400 stories, or all data", low=1, kind=int)
     train: list = setting(None, "look for their stories in the data", kind=Path, nargs="+")
     instructions: Path = setting(None, "file with another system message", kind=Path)
     content: Path = setting(None, "content model of rewards.py, to score the stages", kind=Path)
@@ -1115,7 +1125,8 @@ def run(command: Command) -> dict:
     more = dict(content=content, instructions=instructions, journal=journal, label="evaluating")
     result = evaluate(model, Tokenizer(command.model), problems, **more, **settings)
     if target:
-        write_json(target, result | {"model": str(command.model), "settings": settings})
+        asked = dict(model=str(command.model), split=command.split, limit=command.limit)
+        write_json(target, result | asked | {"settings": settings})
         journal.unlink()
         print(f"every response: {target}")
     return result

@@ -115,25 +115,27 @@ class Response:
 
     `think` is the reasoning; `answer` is a letter, or None where no letter can be read. `stages`
     has the name and text of every stage that is present, in order of first appearance, and
-    `preamble` the text before the first heading, which belongs to no stage. `fault` is the first of
-    FAULTS that is true of it, or "" if it is well-formed.
+    `preamble` the text before the first heading, which belongs to no stage. `fault` is the first
+    thing that is wrong with its form, in the order of `parse_response`, or "".
     """
 
     think: str
     answer: str | None
-    well_formed: bool
     stages: list[tuple[str, str]] = field(default_factory=list)
     preamble: str = ""
     fault: str = ""
+
+    @property
+    def well_formed(self) -> bool:
+        return not self.fault
 
     def cause(self, finished: bool) -> str:
         """Say why it is not well-formed; that it was not finished explains all else."""
         return self.fault and (self.fault if finished else "cut off")
 
 
-FAULTS = ("no think block", "unclosed think block", "empty think block", "no answer block")
-FAULTS += ("two answers", "unreadable answer", "text outside")
-CAUSES = ("cut off", *FAULTS)
+CAUSES = ("cut off", "no think block", "unclosed think block", "empty think block")
+CAUSES += ("no answer block", "two answers", "unreadable answer", "text outside")
 
 
 def parse_response(text: str, problem: Problem) -> Response:
@@ -144,25 +146,26 @@ def parse_response(text: str, problem: Problem) -> Response:
     that the reasoning may quote tags; only where there is no think block, in the whole text.
 
     The text comes with its special tokens, except for the one that ends it. They count as text, so
-    a response that goes on with another turn of the chat is not well-formed [O].
+    a response that goes on with another turn of the chat is not well-formed [O]. Where the chat
+    template opens <think> itself, Tokenizer.completion_text has put the tag back.
     """
     before, inside, behind = split_at_block(text, "think")
     between, block, after = split_at_block(behind, "answer")
     _, second_block, _ = split_at_block(after, "answer")
     think = (inside or "").strip()
     answer = read_answer(block or "", problem) if second_block is None else None
-    found = (
-        inside is None and not re.search("(?ai)<think>", text),
-        inside is None,
-        think == "",
-        block is None,
-        second_block is not None,
-        answer is None,
-        (before + between + after).strip() != "",
-    )
-    fault = next((fault for fault, is_found in zip(FAULTS, found) if is_found), "")
+    faults = {
+        "no think block": inside is None and not re.search("(?ai)<think>", text),
+        "unclosed think block": inside is None,
+        "empty think block": think == "",
+        "no answer block": block is None,
+        "two answers": second_block is not None,
+        "unreadable answer": answer is None,
+        "text outside": (before + between + after).strip() != "",
+    }
+    fault = next((name for name, is_found in faults.items() if is_found), "")
     preamble, stages = collect_stages(think)
-    return Response(think, answer, fault == "", stages, preamble, fault)
+    return Response(think, answer, stages, preamble, fault)
 
 
 def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:
@@ -259,10 +262,12 @@ def collect_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
 #     X's view    noticed the box, missed the bag: so X believes that it is in the box
 #     question    Where will X look for the key? In the box. The shortcut says: in the bag.
 #
-# The *shortcut* is to think that everybody knows what the reader knows. Every hard story, in which
-# the shortcut is wrong, has a control twin with the same people, words and options, in which other
-# events make it right: X comes back before the key is moved. A model that always takes the shortcut
-# solves the controls only, and one that always avoids it solves the hard stories only.
+# The *shortcut* is to think that X knows what the reader knows. (Where X's words are judged, it is
+# to think that besides the listener knows nothing, so that whatever is not true is a lie.) Every
+# hard story, in which the shortcut is wrong, has a control twin with the same people, words and
+# options, in which other events make it right: X comes back before the key is moved. A model that
+# always takes the shortcut solves the controls only, and one that always avoids it solves the hard
+# stories only.
 
 
 @dataclass(frozen=True)
@@ -300,7 +305,8 @@ class World:
     def apply(self, event: Event) -> None:
         """Update what is real, who is present and what everybody perceived.
 
-        Who is absent misses a change; the others see that, and the view notes it for them all.
+        Who is absent misses a change. That, too, is entered, and in the absent person's own view as
+        well: nobody concludes anything from it, but the trace says it.
         """
         if event.kind == "leave":
             self.present.discard(event.actor)
@@ -751,7 +757,10 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser whose errors are one line, like all others. Flags must be spelt out."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message}; see --help")

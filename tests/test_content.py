@@ -128,7 +128,7 @@ def test_r_content_is_the_mean_sigmoid_of_the_present_stages(monkeypatch):
     )
 
     def response(*texts):
-        return Response("x", "A", True, list(zip(STAGES, texts)))
+        return Response("x", "A", list(zip(STAGES, texts)))
 
     problem = Problem("s", "q", ("x", "y"), "A")
     found = scorer.rewards(
@@ -158,7 +158,7 @@ def test_equal_segments_are_scored_once_and_scores_are_centred(scorer, monkeypat
     assert seen == [3] and scores[2] == []
     # a group's responses share a story, and some share a segment: a, b and a again are two texts
     problem = Problem(*groups[0][:2], ("x", "y"), "A")
-    responses = [Response("x", "A", True, stages) for stages in ([a, b], [a], [])]
+    responses = [Response("x", "A", stages) for stages in ([a, b], [a], [])]
     (found,) = content.rewards([problem], [responses])
     means = [rewards.content_reward(values) for values in (scores[0], scores[0][:1], [])]
     assert seen == [3, 2] and found == pytest.approx(means, abs=1e-6)
@@ -331,7 +331,7 @@ def test_segments_of_a_stage_are_paired_as_the_judge_says():
         [(STAGES[0], "worse"), (STAGES[3], "true")],
         [(STAGES[0], "false")],
     ]
-    responses = [Response("x", "A", True, stages) for stages in told]
+    responses = [Response("x", "A", stages) for stages in told]
     pairs = segment_pairs(problem, responses, lambda stage, text: text.startswith("true"))
     # of the second stage nothing is true, and of the last nothing false
     assert pairs == [

@@ -174,6 +174,9 @@ def test_tombench_hard_csv(tmp_path):
         "tombench-hard/val",
         ("A.I. is clever", "yes", "no"),
     )
+    ours = "story,question,options,answer,id,trace\ns,q,\"['x', 'y']\",B,7,because\n"
+    (problem,) = read_benchmark(write(tmp_path, "ours.csv", ours))
+    assert (problem.source, problem.id, problem.trace) == ("problems/ours", "7", "because")
     listed = (
         "context,question,choices,label\n" + "s,q,\"['x', 'y']\",1\n" + "s,q,\"['x', 'y']\",0\n"
     )
@@ -750,6 +753,8 @@ def test_measures_by_hand():
         ("Answer: B or C", None),
         ("Option B, I think", "B"),  # no letter of three options
         ("The answer is A, B or C", None),
+        ("Option A is tempting.\nSince she left, A cannot be: the answer is B.", "B"),  # no list
+        ("Either **A** or **B**: the answer is B", None),
         ("So \\boxed{B}", "B"),
         ("Option A.\nOption A, then option B.", "A"),  # so the line before it counts
         ("<think>x <answer>b</answer>", "B"),
@@ -784,6 +789,20 @@ def test_failures_are_counted_by_cause():
     shown = {row[0]: row[2] for row in table_rows({"x": result})}
     assert shown["fault, cut off"] == "0.250" and "fault, two answers" not in shown
     assert shown["lenient"] == "0.750"
+    counts = {row[0]: row[1] for row in table_rows({"x": result})}
+    assert counts["accuracy"] == counts["length"] == "4"
+
+
+def test_a_measure_counts_the_problems_that_have_it():
+    problem = Problem("s", "q", ("the box", "the bag"), "A")
+    texts = [
+        answered("A"),
+        answered("A"),
+        "<think>Cue Encoding: option A</think><answer>A</answer>",
+    ]
+    result = summarise([measure(problem, text, 5) | {"item": i} for i, text in enumerate(texts)])
+    rows = {row[0]: row[1:] for row in table_rows({"x": result})}
+    assert rows["first option"][0] == "1" and rows["option early"] == ["3", "0.333"]
 
 
 def test_where_an_option_is_first_named():
@@ -1237,6 +1256,7 @@ def test_the_command_line_fails_in_one_line(tmp_path, command):
     bad = write(tmp_path, "bad.jsonl", "{")
     for arguments, message in [
         (["--bogus"], "error: unrecognized arguments: --bogus; see --help"),
+        (["--sample", "3"], "error: unrecognized arguments: --sample 3"),  # not --samples 3
         (["--model", str(tmp_path / "none")], f"error: {tmp_path}/none: no such model folder"),
         (["--data", str(bad)], f"error: {bad}:1: not JSON"),
         (["--data", str(tmp_path / "none.jsonl")], f"error: {tmp_path}/none.jsonl: No such file"),

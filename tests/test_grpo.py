@@ -158,7 +158,7 @@ def test_the_log_line_is_a_mean_over_completions():
         [Reward(1.0, parts), Reward(2.0, parts | {"out": 0.0})],
         [Reward(1.5, parts), Reward(1.5004, parts)],  # as good as equal: flat
     ]
-    responses = [[Response("", None, False, fault=fault) for fault in pair] for pair in FAULTY]
+    responses = [[Response("", None, fault=fault) for fault in pair] for pair in FAULTY]
     line = log_line(7, groups, responses, rewards)
     assert line.pop("reward") == pytest.approx(6.0004 / 4)
     faults = {name: share for name, share in line.items() if name.startswith("fault") and share}

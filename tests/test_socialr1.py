@@ -13,7 +13,7 @@ import pytest
 
 from socialr1 import (
     ABILITIES,
-    FAULTS,
+    CAUSES,
     INSTRUCTIONS,
     MAIN,
     SHIFT,
@@ -753,7 +753,7 @@ def test_flags_are_made_from_settings():
 def test_why_a_response_is_not_well_formed(text, fault):
     response = parse_response(text, PROBLEM)
     assert (response.fault, response.well_formed) == (fault, not fault)
-    assert fault in ("", *FAULTS)
+    assert fault in ("", *CAUSES[1:])
     # at the length limit, that is the reason
     assert response.cause(finished=False) == ("cut off" if fault else "")
     assert response.cause(finished=True) == fault
