@@ -721,8 +721,8 @@ def possible_golds(answer: str, options: dict[str, str]) -> dict[str, str]:
 def decide_golds(file: Path, items: list[tuple[int, dict]], benchmark: str) -> list[str]:
     """Return the right letter of each item; which kind its answer is, the whole file decides.
 
-    The kind must fit all answers. If both do, SocialIQA counts places from 1. ValueError names the
-    line: no kind fits, or several do and mean other letters.
+    A kind must fit all answers. Where several do, they must mean the same letters; SocialIQA counts
+    places from 1. ValueError names the line where this is not so.
     """
     golds = [possible_golds(item["answer"], item["options"]) for _, item in items]
     fitting = Counter(itertools.chain(*golds))
