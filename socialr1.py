@@ -398,23 +398,21 @@ def replay(story: Story) -> World:
 
 
 def perspectives(story: Story) -> list[tuple[str, str]]:
-    """Return whose views decide the answer, each with the role of the one who knows of that view.
+    """Return the views that decide the answer as roles, (knower, about) as in World.models.
 
     Most questions depend on the views that people have themselves. A second-order question depends
     on what M knows of their views. What X's words were depends on what X knows of the listener Y.
     """
     if story.problem.ability == "non-literal communication":
-        return [("x", "x"), ("y", "x")]
+        return [("x", "x"), ("x", "y")]
     roles = [role for role in "xy" if role in story.cast]
-    if story.twist == "second order":
-        return [(role, "m") for role in roles]
-    return [(role, role) for role in roles]
+    return [("m" if story.twist == "second order" else role, role) for role in roles]
 
 
 def minds(story: Story, world: World) -> list[View]:
     """Return the views that decide the answer."""
     cast = story.cast
-    return [world.models[cast[knower], cast[role]] for role, knower in perspectives(story)]
+    return [world.models[cast[knower], cast[role]] for knower, role in perspectives(story)]
 
 
 def readers_minds(story: Story, world: World) -> list[View]:
@@ -452,7 +450,7 @@ def write_stages(story: Story, views: list[View]) -> list[str]:
     cues, meanings = [], []
     if "y" in cast:
         cues.append(f"Really {words['thought'].format(**cast, v=world.value)}.")
-    for (role, knower), view in zip(perspectives(story), views):
+    for (knower, role), view in zip(perspectives(story), views):
         knows = "" if knower == role else f"{cast[knower]} knows that "
         thinks = "" if knower == role else f"{cast[knower]} thinks that "
         perceived = [f"{verb} {words['thing'].format(v=value)}" for verb, value in view]
