@@ -954,6 +954,8 @@ def parse_config(raw: dict) -> ModelConfig:
         value = given.get(name)
         if value not in values:
             raise ValueError(f"config has {name} = {value!r}, not supported; expected {values}")
+    if set(re.findall(r"\w+", str(given.get("layer_types") or ""))) - {"full_attention"}:
+        raise ValueError(f"config has layer_types = {given['layer_types']!r}, not supported")
 
     width, heads = given.get("hidden_size"), given.get("num_attention_heads")
     given["num_key_value_heads"] = given.get("num_key_value_heads") or heads

@@ -157,6 +157,10 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
         (dict(model_type=["qwen3"]), "not supported"),
         (dict(tie_word_embeddings="no"), "tie_word_embeddings = 'no'"),
         (
+            dict(layer_types="sliding_attention"),
+            "layer_types = .*'sliding_attention'.*, not supported",
+        ),
+        (
             dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}),
             "expected one object for all layers",
         ),
@@ -170,6 +174,10 @@ def test_config_is_read_as_transformers_does_where_it_is_silent():
             "expected high_freq_factor above low_freq_factor",
         ),
         (dict(use_sliding_window=True), "use_sliding_window = True"),
+        (
+            dict(layer_types=["full_attention", "sliding_attention"]),
+            "layer_types = .*'sliding_attention'.*, not supported",
+        ),
         (dict(attention_bias=True), "attention_bias = True"),
         (dict(mlp_bias=True), "mlp_bias = True"),
         (dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
