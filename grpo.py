@@ -15,7 +15,8 @@ states, [O] what is our own choice because the public text is silent. One step o
 
 Here logp, logp_old and ref are log-probabilities of one sampled token: under the policy that is
 being trained, under the policy as it was when it sampled the token, and under the reference, the
-model that training began with. e = 0.2 is the clip range, and eps only avoids a division by 0.
+model that training began with. e = 0.2 is the clip range (`clip_eps` in the code), and eps only
+avoids a division by 0.
 
 If you have trained supervised models only, these are the questions that the formulas leave open.
 
@@ -39,7 +40,7 @@ this policy earns on this problem at present. A hard problem's only right answer
 does an easy problem's only mistake. Dividing by the standard deviation gives every problem the same
 say, whatever the scale of its rewards. (That changes the objective: problems that are nearly
 solved, or nearly hopeless, count for more. That the mean contains R_i itself does not: it only
-makes the step shorter, by the factor (G - 1) / G.) Where all rewards are as good as equal there is
+makes the step shorter, by the factor (G - 1) / G.) Where all rewards are practically equal there is
 nothing to compare, and the advantages are 0; only the KL still acts.
 
 *Why a ratio?* Sampling is slow, so a rollout may be split into several updates, each on other
@@ -67,13 +68,17 @@ Without the minimum, a mistake that has become likely (A < 0, ratio above 1 + e)
 flat part of the clip and could never be corrected.
 
 *Why a KL?* The reward sees only what it was written to see. The penalty for leaving the reference
-keeps fluent language, and whatever else nobody rewards, from drifting away. The form above is an
-estimate from single samples ("k3"). With x = ref - logp it is exp(x) - x - 1, which is never
-negative, because exp(x) lies above its tangent x + 1. The mean of -x over the policy's samples is
-the KL divergence, and the mean of exp(x) is the sum of p * ref / p = 1, so the mean of the whole is
-the KL divergence, too. That is its value. In a loss only the gradient acts: that of -x is
-grad logp, whose mean is 0. That of k3 is (1 - exp(x)) * grad logp, whose mean is the gradient of
-the divergence the other way round, KL(reference || policy). Both draw the policy to the reference.
+keeps fluent language, and whatever else nobody rewards, from drifting away. The form above ("k3")
+estimates the KL divergence from single samples. It is never negative, because exp(x) lies above its
+tangent x + 1. With x = ref - logp, and means over what the policy samples:
+
+        estimate          its mean              its gradient                whose mean is
+        -x                KL(policy || ref)     grad logp                   0
+        exp(x) - x - 1    KL(policy || ref)     (1 - exp(x)) grad logp      grad KL(ref || policy)
+
+The means are equal because the mean of exp(x) is the sum of p * ref / p = 1. In a loss only the
+gradient acts, and there the two differ: -x would do nothing on average but add noise, and k3 acts
+like the divergence the other way round. That, too, draws the policy to the reference.
 
 *What does the mean over tokens do?* The policy gradient adds up the tokens of a completion. GRPO
 divides by their number [P]: every completion has the same say, but each token of a long one has
@@ -93,8 +98,8 @@ is a mistake like any other.
 *What does the loss say?* Hardly anything. The advantages of a group add up to 0, so with the ratio
 at 1 the surrogate is about 0 however much is learned. Watch the reward and its terms instead.
 
-The page goes on in this order: the objective, one step, the update, the loop. Who came for the
-algorithm may stop there; settings, checkpoints, several processes, the plan of a run's memory and
+The page goes on in this order: the objective, one step, the update, the loop. For the algorithm
+alone, stop there; settings, checkpoints, several processes, the plan of a run's memory and
 the command line follow. In one process, which is enough to read it, `summed`, `maximum` and
 `full_copy` return what they are given, and `wait_for_all` does nothing.
 """
@@ -174,7 +179,7 @@ def group_advantages(rewards: Tensor, scale=True, eps=1e-6, min_spread=1e-3) -> 
 
 
 def flat_groups(rewards: Tensor, min_spread: float = 1e-3) -> Tensor:
-    """Say in which groups the rewards are as good as equal; (P, G) -> bool (P,)."""
+    """Say in which groups the rewards are practically equal; (P, G) -> bool (P,)."""
     spread = rewards.amax(dim=1) - rewards.amin(dim=1)
     return spread <= min_spread * 1.0001  # 0.301 - 0.3 is a little above 1e-3
 
@@ -303,7 +308,8 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     # 1. Roll out: the policy answers every problem of the step G times.
     problems = problems_of_step(training.problems, step, config.prompts, config.seed)
     share = config.prompts // world_size()  # with several processes each takes its part
-    problems = problems[rank() * share :][:share]
+    first = rank() * share
+    problems = problems[first : first + share]
     chats = [build_messages(problem, training.instructions) for problem in problems]
     prompts = [tokenizer.chat(messages) for messages in chats]
     sampling = dict(group_size=config.group_size, max_new_tokens=config.max_new_tokens)
@@ -319,14 +325,14 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     clock.lap("content")
     tau = curriculum(step, config.steps, run.reward_config)
     rewards = reward_groups(problems, groups, responses, contents, tau, run.reward_config)
-    line = log_line(step, groups, responses, rewards)
+    totals = [[reward.total for reward in group] for group in rewards]
+    totals = torch.tensor(totals, dtype=torch.float64)  # (P, G)
+    line = log_line(step, groups, responses, rewards, flat_groups(totals))
     if step == 0:
         tell_first_rollout(line, tokenizer.decode(groups[0][0].tokens, special=True), config)
     clock.lap("score")
 
     # 3. Compare: what matters is how much better than its group a completion is.
-    totals = [[reward.total for reward in group] for group in rewards]
-    totals = torch.tensor(totals, dtype=torch.float64)  # (P, G)
     advantages = group_advantages(totals, scale=config.reduction != "dr_grpo")
 
     # 4. Update: make the better ones more likely and the worse ones less.
@@ -356,7 +362,7 @@ class Stopwatch:
         self.started = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """Book the time that no lap has booked yet under this name."""
+        """Book the time since the last lap under this name."""
         self.seconds[name] = time.perf_counter() - self.started - sum(self.seconds.values())
 
 
@@ -372,26 +378,28 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     return [problems[i] for i in order[batch * count : (batch + 1) * count]]
 
 
-def reward_groups(
-    problems: list, groups: list, responses: list, contents: list, tau: float, config: RewardConfig
-) -> list[list[Reward]]:
-    """Compute the Reward of every Completion from its Response and its R_content: P lists of G."""
-    return [
-        [total_reward(r, problem, len(c.tokens), tau, x, config) for c, r, x in zip(*group)]
-        for problem, *group in zip(problems, groups, responses, contents)
-    ]
+def reward_groups(problems, groups, responses, contents, tau, config) -> list[list[Reward]]:
+    """Compute the Reward of every Completion from its Response and its R_content.
+
+    P problems, and P lists of G of each of the others -> P lists of G
+    """
+    rewards = []
+    for problem, *group in zip(problems, groups, responses, contents):
+        rewards.append([])
+        for completion, response, content in zip(*group):
+            length = len(completion.tokens)
+            rewards[-1].append(total_reward(response, problem, length, tau, content, config))
+    return rewards
 
 
-def log_line(step: int, groups: list, responses: list, rewards: list) -> dict:
+def log_line(step: int, groups: list, responses: list, rewards: list, flat: Tensor) -> dict:
     """Collect means over all completions, in all processes, for a step's line in metrics.jsonl.
 
     What is not known, such as R_content without a content model, is None. "fault, ..." is how many
-    are not well-formed for this reason.
+    are not well-formed for this reason. `flat` (P,) says which groups are flat.
     """
     completions = list(itertools.chain(*groups))
     parts = [reward.parts | {"reward": reward.total} for reward in itertools.chain(*rewards)]
-    totals = [[reward.total for reward in group] for group in rewards]
-    flat = flat_groups(torch.tensor(totals, dtype=torch.float64))
     known = [term for term, value in parts[0].items() if value is not None]
     sums = {term: sum(part[term] for part in parts) for term in known}
     sums["length"] = sum(len(completion.tokens) for completion in completions)
@@ -486,13 +494,15 @@ def accumulate(
         logprobs, mask, entropies = logprobs_and_entropy(policies.model, prompts, ids)  # (b, T)
         sampled = [completion.logprobs for group in batch for completion in group.completions]
         old_logprobs, _ = pad(sampled, mask.device, torch.float32)
-        advantages = torch.tensor([a for group in batch for a in group.advantages])  # (b,)
+        of_batch = [advantage for group in batch for advantage in group.advantages]
+        advantages = torch.tensor(of_batch, device=mask.device)  # (b,)
         ref_logprobs = None
         if policies.reference is not None:
             with torch.no_grad():
                 ref_logprobs, _ = completion_logprobs(policies.reference, prompts, ids)
-        tensors = (logprobs, old_logprobs, ref_logprobs, advantages.to(mask.device), mask)
-        loss, metrics = grpo_loss(*tensors, **objective)
+        loss, metrics = grpo_loss(
+            logprobs, old_logprobs, ref_logprobs, advantages, mask, **objective
+        )
         loss.backward()
         sums["loss"] += float(loss.detach())
         sums["tokens"] += metrics["tokens"]

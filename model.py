@@ -4,12 +4,12 @@ This page knows nothing of stories or rewards. It runs from the network to what 
 learning asks of it:
 
     the transformer      RMSNorm, rotary positions, grouped-query attention, SwiGLU
-    how tokens attend    Packed: whole prompts and completions; Decoding: one new token of each
-    sampling             `generate`, and the loop inside it
+    how tokens attend    Packed: whole prompts and completions in one row
+    sampling             `generate`, the loop inside it, and Decoding: one new token in each row
     log-probabilities    of given completions, with gradients: what the loss is made of
     files                checkpoints, the tokenizer and its chat template
 
-Four decisions shape all of it.
+Three decisions shape all of it.
 
 *A prompt is computed once.* GRPO samples a group of completions for each prompt and compares them.
 The prompt's keys and values are the same for the whole group, so they are computed once and kept
@@ -25,11 +25,6 @@ taken from the rollout and need no second pass.
 *Logits never exist all at once.* With a vocabulary of 151,936 the logits of twenty completions of
 1024 tokens take 12 GB, and their gradient as much again. The loss needs one number of each row, so
 logits are made for a few rows at a time, forward and backward (ChunkedLogProbs).
-
-*From one token to the next, only numbers change.* Launching the kernels of a token one by one takes
-three times as long as a GPU needs to run them. So they are recorded once, as a CUDA graph, and
-repeated for the next 64 tokens (`recorded`). In that time no tensor may be replaced or change its
-shape: the caches have their full size from the start, and a bias hides what is not written yet.
 
 The modules have the names that the checkpoints use, so loading compares names and shapes and does
 nothing else.
@@ -103,9 +98,12 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of every position's angles, for all dimensions, so that no halves are cut.
+    """Return cos and sin of every position's angle in each pair; see `rotate`.
 
     positions (B, T) -> cos, sin (B, 1, T, head_dim) in float32
+
+    Both stand there twice, once for each member of a pair, and the sine has the sign that the
+    member needs. So `rotate` need not cut its input into halves.
     """
     angles = positions[:, None, :, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -257,6 +255,7 @@ class Packed:
           p    x  x  x
           a    x  x  x  x  x
           b    x  x  x        x  x  x
+          q                            x  x
           c                            x  x  x  x
 
     `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `cache` is None, or
@@ -315,15 +314,207 @@ class Packed:
     def attend_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Do the same for all segments in one kernel, FlashAttention."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, D)
-        longest = (max(self.lengths), max(self.key_lengths))
+        starts, key_starts = self.starts
+        longest, most_keys = max(self.lengths), max(self.key_lengths)
         # Every query sees what lies to its left, and nothing to its right.
         causal = dict(window_size=(-1, 0), enable_gqa=True)
-        return varlen_attn(q, k, v, *self.starts, *longest, **causal).transpose(0, 1)[None]
+        out = varlen_attn(q, k, v, starts, key_starts, longest, most_keys, **causal)
+        return out.transpose(0, 1)[None]
 
 
 def has_one_kernel(x: Tensor) -> bool:
     """Say whether FlashAttention serves this tensor: it takes no float32 and no CPU."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0
+
+
+# -------------------------------------------------------------------------------------- sampling
+
+
+class Diverged(ValueError):
+    """Logits or weights are not finite: the weights are broken, or training has run away."""
+
+
+@dataclass
+class Completion:
+    tokens: list[int]  # what was sampled, the closing stop token included
+    logprobs: list[float]  # log-softmax of the raw logits at those tokens
+    finished: bool  # ended by a stop token and not by the length limit
+
+
+SAMPLING_BUDGET = 65536  # tokens in caches at a time
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings of `generate`, in this order; ValueError names one that is out of range."""
+
+    group_size: int = 1  # completions of each prompt
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # 1 is off
+    top_k: int = 0  # 0 is off
+    stop_ids: Ids = ()
+    seed: int = 0
+    token_budget: int = SAMPLING_BUDGET
+
+    def __post_init__(self) -> None:
+        for name, low in dict(group_size=1, max_new_tokens=1, top_k=0, seed=-(2**63)).items():
+            value = getattr(self, name)
+            if not is_whole(value) or not low <= value < 2**63:
+                raise ValueError(f"{name} = {value!r}; expected a whole number from {low} up")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise ValueError(f"temperature = {self.temperature!r}; expected 0 (greedy), or 1e-6 up")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p!r}; expected above 0 and at most 1 (off)")
+
+
+def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[list[Completion]]:
+    """Sample completions of each prompt; return a list of P lists of G.
+
+    The further arguments are the fields of Sampling, by place or by name. The `logprobs` of a
+    completion are those of the raw logits, whatever the settings are. Its random numbers depend
+    only on the seed, its prompt, its place in the group and the position, so its tokens depend on
+    what else is in the batch by rounding at most, and equal prompts share a group.
+
+    At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
+    `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
+    for `max_new_tokens` in the model's context, a setting out of range. Diverged: logits that are
+    not finite.
+    """
+    groups = dict(generate_stream(model, prompts, *args, **settings))
+    return [groups[tuple(prompt)] for prompt in prompts]
+
+
+@torch.inference_mode()
+def generate_stream(model: Transformer, prompts: list[Ids], *args, **settings) -> Iterator[tuple]:
+    """Yield each distinct prompt, as a tuple of ids, with the list of its completions.
+
+    Long prompts come first, each as soon as it is sampled. The arguments and errors are those of
+    `generate`.
+    """
+    sampling = Sampling(*args, **settings)
+    for i, prompt in enumerate(prompts):
+        check_ids(model.config, f"prompt {i}", prompt, sampling.max_new_tokens)
+    with reordered_weights(model):
+        for wave in waves(model.config, prompts, sampling):
+            yield from zip(wave, sample(model, wave, sampling))
+
+
+def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[list[Completion]]:
+    """Sample completions of these prompts together, B = P * G rows at most N tokens long."""
+    G, N = sampling.group_size, sampling.max_new_tokens
+    B = len(prompts) * G
+    device = model.device
+    draws = [uniforms(sampling.seed, prompt, i, N) for prompt in prompts for i in range(G)]
+    draws = torch.from_numpy(np.stack(draws)).to(device)  # (B, N)
+    stops = torch.tensor(list(sampling.stop_ids), dtype=torch.long, device=device)
+    tokens = torch.zeros(B, N, dtype=torch.long, device=device)
+    logprobs = torch.zeros(B, N, device=device)
+    lengths = torch.full((B,), N, device=device)  # up to the first stop token, that included
+
+    logits, context = prefill(model, prompts, sampling)  # (B, V)
+    rows = torch.arange(B, device=device)  # the completions that are still being written
+    period = tokens_per_graph(device)
+
+    def next_logits(chosen: Tensor) -> Tensor:
+        return model.lm_head(model.hidden(chosen[:, None], context)[:, -1])  # (rows, V)
+
+    for t in range(N):
+        # 1. Sample a token for every row.
+        row_logprobs = logits.float().log_softmax(dim=-1)  # (rows, V)
+        chosen = choose(row_logprobs, draws[rows, t], sampling)
+        tokens[rows, t] = chosen
+        logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
+
+        # 2. Note where rows stop.
+        ends = torch.where(torch.isin(chosen, stops), t + 1, N)
+        lengths[rows] = torch.minimum(lengths[rows], ends)
+        going_on = (lengths[rows] == N).nonzero()[:, 0]
+        if t == N - 1 or not len(going_on):
+            break
+
+        # 3. Feed the tokens back to get the next logits. Rows that stopped leave first. A recorded
+        # graph has a fixed batch, so on a GPU they stay until the next one is recorded, and write
+        # what nobody reads.
+        context.open_place(t)
+        if t % period == 0:
+            rows, chosen = rows[going_on], chosen[going_on]
+            context.keep(going_on)
+            context.span = min(t + period, N)
+            forward = recorded(next_logits, chosen) if period > 1 else next_logits
+        logits = forward(chosen)
+
+    if not logprobs.isfinite().all():
+        raise Diverged("logits are not finite: the weights are broken, or training has diverged")
+    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], stops)
+    columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
+    completions = [Completion(ids[:n], values[:n], end) for ids, values, n, end in zip(*columns)]
+    return [completions[first : first + G] for first in range(0, B, G)]
+
+
+def uniforms(seed: int, prompt: Ids, place: int, count: int) -> np.ndarray:
+    """Draw `count` numbers in [0, 1) for one completion: number t is for position t.
+
+    They are a function of seed, prompt and place in the group. There is no generator whose state
+    would have to be saved, so a resumed run, a larger batch or a second process draw the same
+    numbers.
+    """
+    numbers = np.array([seed, place, *prompt], dtype=np.int64)
+    key = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+    philox = np.random.Philox(key=int.from_bytes(key, "little"))
+    return np.random.Generator(philox).random(count)
+
+
+def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """Choose a token for each row: the likeliest at temperature 0, else a random one.
+
+    logprobs (rows, V) in float32, uniform (rows,) in float64 -> (rows,)
+    """
+    if sampling.temperature == 0:
+        return logprobs.argmax(dim=-1)
+    probs = (logprobs / sampling.temperature).softmax(dim=-1)
+    if sampling.top_k:
+        least = probs.topk(min(sampling.top_k, probs.shape[-1])).values[:, -1:]
+        probs = probs.masked_fill(probs < least, 0.0)
+    if sampling.top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
+        ordered, order = probs.sort(dim=-1, descending=True)
+        reached = ordered.double().cumsum(dim=-1)
+        dropped = reached - ordered >= sampling.top_p * reached[:, -1:]
+        probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
+    return inverse_cdf(probs, uniform)
+
+
+def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
+    """Return the first id whose cumulative probability exceeds uniform * total.
+
+    probs (rows, V), uniform (rows,) -> (rows,)
+
+    Cumulative sums must be in float64, or rare tokens are rounded away. One over the whole
+    vocabulary would write a float64 table of it for every token, so the search has two levels:
+    blocks of ids, then the ids of the block that was hit.
+    """
+    V = probs.shape[1]
+    blocks = F.pad(probs, (0, -V % block)).unflatten(1, (-1, block))  # (rows, V / block, block)
+    sums = blocks.sum(dim=2).double()
+    edges = sums.cumsum(dim=1)
+    target = uniform[:, None] * edges[:, -1:]  # (rows, 1)
+    hit = first_above(edges, target)
+    before = (edges - sums).gather(1, hit)
+    fraction = ((target - before) / sums.gather(1, hit)).clamp(min=0)  # of the block's probability
+    inside = blocks.gather(1, hit[:, :, None].expand(-1, 1, block))[:, 0]  # (rows, block)
+    edges_inside = inside.double().cumsum(dim=1)
+    chosen = hit * block + first_above(edges_inside, fraction * edges_inside[:, -1:])
+    return chosen[:, 0].clamp(max=V - 1)
+
+
+def first_above(edges: Tensor, target: Tensor) -> Tensor:
+    """Return the index of the first edge above the target; (rows, n), (rows, 1) -> (rows, 1).
+
+    Rounding must not put a target at the last edge or after it, where no id has any probability.
+    """
+    below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
+    index = torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
+    return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index after the end
 
 
 class Decoding:
@@ -448,222 +639,6 @@ class Decoding:
             self.written_cache[layer] = slots[:, : len(source)].unflatten(1, (grid[0], K, grid[1]))
 
 
-# -------------------------------------------------------------------------------------- sampling
-
-
-class Diverged(ValueError):
-    """Logits or weights are not finite: the weights are broken, or training has run away."""
-
-
-@dataclass
-class Completion:
-    tokens: list[int]  # what was sampled, the closing stop token included
-    logprobs: list[float]  # log-softmax of the raw logits at those tokens
-    finished: bool  # ended by a stop token and not by the length limit
-
-
-SAMPLING_BUDGET = 65536  # tokens in caches at a time
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The settings of `generate`, in this order; ValueError names one that is out of range."""
-
-    group_size: int = 1  # completions of each prompt
-    max_new_tokens: int = 256
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # 1 is off
-    top_k: int = 0  # 0 is off
-    stop_ids: Ids = ()
-    seed: int = 0
-    token_budget: int = SAMPLING_BUDGET
-
-    def __post_init__(self) -> None:
-        for name, low in dict(group_size=1, max_new_tokens=1, top_k=0, seed=-(2**63)).items():
-            value = getattr(self, name)
-            if not is_whole(value) or not low <= value < 2**63:
-                raise ValueError(f"{name} = {value!r}; expected a whole number from {low} up")
-        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
-            raise ValueError(f"temperature = {self.temperature!r}; expected 0 (greedy), or 1e-6 up")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p!r}; expected above 0 and at most 1 (off)")
-
-
-def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[list[Completion]]:
-    """Sample completions of each prompt; return a list of P lists of G.
-
-    The further arguments are the fields of Sampling, by place or by name. The `logprobs` of a
-    completion are those of the raw logits, whatever the settings are. Its random numbers depend
-    only on the seed, its prompt, its place in the group and the position, so its tokens depend on
-    what else is in the batch by rounding at most, and equal prompts share a group.
-
-    At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
-    `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
-    for `max_new_tokens` in the model's context, a setting out of range. Diverged: logits that are
-    not finite.
-    """
-    groups = dict(generate_stream(model, prompts, *args, **settings))
-    return [groups[tuple(prompt)] for prompt in prompts]
-
-
-@torch.inference_mode()
-def generate_stream(model: Transformer, prompts: list[Ids], *args, **settings) -> Iterator[tuple]:
-    """Yield each distinct prompt, as a tuple of ids, with the list of its completions.
-
-    Long prompts come first, each as soon as it is sampled. The arguments and errors are those of
-    `generate`.
-    """
-    sampling = Sampling(*args, **settings)
-    for i, prompt in enumerate(prompts):
-        check_ids(model.config, f"prompt {i}", prompt, sampling.max_new_tokens)
-    with reordered_weights(model):
-        for wave in waves(model.config, prompts, sampling):
-            yield from zip(wave, sample(model, wave, sampling))
-
-
-def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[list[Completion]]:
-    """Sample completions of these prompts together, B = P * G rows at most N tokens long."""
-    G, N = sampling.group_size, sampling.max_new_tokens
-    B = len(prompts) * G
-    device = model.device
-    draws = [uniforms(sampling.seed, prompt, i, N) for prompt in prompts for i in range(G)]
-    draws = torch.from_numpy(np.stack(draws)).to(device)  # (B, N)
-    stops = torch.tensor(list(sampling.stop_ids), dtype=torch.long, device=device)
-    tokens = torch.zeros(B, N, dtype=torch.long, device=device)
-    logprobs = torch.zeros(B, N, device=device)
-    lengths = torch.full((B,), N, device=device)  # up to the first stop token, that included
-
-    logits, context = prefill(model, prompts, sampling)  # (B, V)
-    rows = torch.arange(B, device=device)  # the completions that are still being written
-    every = tokens_per_graph(device)
-
-    def next_logits(chosen: Tensor) -> Tensor:
-        return model.lm_head(model.hidden(chosen[:, None], context)[:, -1])  # (rows, V)
-
-    for t in range(N):
-        # 1. Sample a token for every row.
-        row_logprobs = logits.float().log_softmax(dim=-1)  # (rows, V)
-        chosen = choose(row_logprobs, draws[rows, t], sampling)
-        tokens[rows, t] = chosen
-        logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
-
-        # 2. Note where rows stop.
-        ends = torch.where(torch.isin(chosen, stops), t + 1, N)
-        lengths[rows] = torch.minimum(lengths[rows], ends)
-        going_on = (lengths[rows] == N).nonzero()[:, 0]
-        if t == N - 1 or not len(going_on):
-            break
-
-        # 3. Feed the tokens back to get the next logits. Rows that stopped leave first, but with a
-        # graph only when the next one is recorded; what they write until then is not read.
-        context.open_place(t)
-        if t % every == 0:
-            rows, chosen = rows[going_on], chosen[going_on]
-            context.keep(going_on)
-            context.span = min(t + every, N)
-            forward = recorded(next_logits, chosen) if every > 1 else next_logits
-        logits = forward(chosen)
-
-    if not logprobs.isfinite().all():
-        raise Diverged("logits are not finite: the weights are broken, or training has diverged")
-    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], stops)
-    columns = (tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist())
-    completions = [Completion(ids[:n], values[:n], end) for ids, values, n, end in zip(*columns)]
-    return [completions[first : first + G] for first in range(0, B, G)]
-
-
-def tokens_per_graph(device: torch.device) -> int:
-    """Return for how many tokens the batch keeps its shape; 1: there are no graphs."""
-    return 64 if device.type == "cuda" else 1
-
-
-def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function as a CUDA graph, for tensors of the shape of x.
-
-    A token of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but Python needs 24
-    ms to launch them one by one. A graph launches all at once: the same kernels on the same memory.
-    So each call overwrites the result of the one before. The function runs when it is recorded,
-    too: it must do no harm to run it twice.
-    """
-    given, graph = x.clone(), torch.cuda.CUDAGraph()
-    function(given)  # what a library sets up at its first call cannot be recorded
-    # Other threads, such as NCCL's, may go on meanwhile.
-    with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function(given)
-
-    def replay(x: Tensor) -> Tensor:
-        given.copy_(x)
-        graph.replay()
-        return result
-
-    return replay
-
-
-def uniforms(seed: int, prompt: Ids, place: int, count: int) -> np.ndarray:
-    """Draw `count` numbers in [0, 1) for one completion: number t is for position t.
-
-    They are a function of seed, prompt and place in the group. There is no generator whose state
-    would have to be saved, so a resumed run, a larger batch or a second process draw the same
-    numbers.
-    """
-    numbers = np.array([seed, place, *prompt], dtype=np.int64)
-    key = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
-    philox = np.random.Philox(key=int.from_bytes(key, "little"))
-    return np.random.Generator(philox).random(count)
-
-
-def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Choose a token for each row: the likeliest at temperature 0, else a random one.
-
-    logprobs (rows, V) in float32, uniform (rows,) in float64 -> (rows,)
-    """
-    if sampling.temperature == 0:
-        return logprobs.argmax(dim=-1)
-    probs = (logprobs / sampling.temperature).softmax(dim=-1)
-    if sampling.top_k:
-        least = probs.topk(min(sampling.top_k, probs.shape[-1])).values[:, -1:]
-        probs = probs.masked_fill(probs < least, 0.0)
-    if sampling.top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
-        ordered, order = probs.sort(dim=-1, descending=True)
-        reached = ordered.double().cumsum(dim=-1)
-        dropped = reached - ordered >= sampling.top_p * reached[:, -1:]
-        probs = probs.scatter(1, order, ordered.masked_fill(dropped, 0.0))
-    return inverse_cdf(probs, uniform)
-
-
-def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
-    """Return the first id whose cumulative probability exceeds uniform * total.
-
-    probs (rows, V), uniform (rows,) -> (rows,)
-
-    Cumulative sums must be in float64, or rare tokens are rounded away. One over the whole
-    vocabulary would write a float64 table of it for every token, so the search has two levels:
-    blocks of ids, then the ids of the block that was hit.
-    """
-    V = probs.shape[1]
-    blocks = F.pad(probs, (0, -V % block)).unflatten(1, (-1, block))  # (rows, V / block, block)
-    sums = blocks.sum(dim=2).double()
-    edges = sums.cumsum(dim=1)
-    target = uniform[:, None] * edges[:, -1:]  # (rows, 1)
-    hit = first_above(edges, target)
-    before = (edges - sums).gather(1, hit)
-    fraction = ((target - before) / sums.gather(1, hit)).clamp(min=0)  # of the block's probability
-    inside = blocks.gather(1, hit[:, :, None].expand(-1, 1, block))[:, 0]  # (rows, block)
-    edges_inside = inside.double().cumsum(dim=1)
-    chosen = hit * block + first_above(edges_inside, fraction * edges_inside[:, -1:])
-    return chosen[:, 0].clamp(max=V - 1)
-
-
-def first_above(edges: Tensor, target: Tensor) -> Tensor:
-    """Return the index of the first edge above the target; (rows, n), (rows, 1) -> (rows, 1).
-
-    Rounding must not put a target at the last edge or after it, where no id has any probability.
-    """
-    below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
-    index = torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
-    return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index after the end
-
-
 def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple[Tensor, Decoding]:
     """Run the prompts through the network -> logits (B, V) of the first tokens, and the Decoding.
 
@@ -699,11 +674,7 @@ def common_start(prompts: list[Ids]) -> int:
 
     Each prompt keeps at least its last token for itself, because the first logits come from there.
     """
-    length = 0
-    for ids in zip(*(prompt[:-1] for prompt in prompts)):
-        if len(set(ids)) > 1:
-            break
-        length += 1
+    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))  # any sequences
     return length if length >= 16 and len(prompts) > 1 else 0
 
 
@@ -752,6 +723,34 @@ def check_ids(config: ModelConfig, name: str, ids: Ids, max_new_tokens: int = 0)
     if len(ids) + max_new_tokens > config.max_position_embeddings:
         needed = f"{len(ids)} + {max_new_tokens} (max_new_tokens) positions"
         raise ValueError(f"{name} takes {needed}, the context has {config.max_position_embeddings}")
+
+
+def tokens_per_graph(device: torch.device) -> int:
+    """Return for how many tokens the batch keeps its shape; 1: there are no graphs."""
+    return 64 if device.type == "cuda" else 1
+
+
+def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the function as a CUDA graph, for tensors of the shape of x.
+
+    A token of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but Python needs 24
+    ms to launch them one by one. A graph launches all at once: the same kernels on the same memory.
+    So while it is in use only numbers may change, and no tensor may be replaced or change its
+    shape. Each call overwrites the result of the one before. The function runs when it is recorded,
+    too: it must do no harm to run it twice.
+    """
+    given, graph = x.clone(), torch.cuda.CUDAGraph()
+    function(given)  # what a library sets up at its first call cannot be recorded
+    # Other threads, such as NCCL's, may go on meanwhile.
+    with torch.cuda.device(x.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = function(given)
+
+    def replay(x: Tensor) -> Tensor:
+        given.copy_(x)
+        graph.replay()
+        return result
+
+    return replay
 
 
 @contextmanager
@@ -885,9 +884,10 @@ class ChunkedLogProbs(torch.autograd.Function):
         for states, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logprobs = at_least_float32(states @ weight.T).log_softmax(dim=1)  # (rows, V)
             chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
-            # A probability of 0 has the log-probability -inf, and 0 * -inf would be NaN.
-            entropies.append(-logprobs.exp().mul_(logprobs.clamp_(min=-1e4)).sum(dim=1))
-            del logprobs  # before the next chunk is made
+            probs = logprobs.exp()
+            logprobs.clamp_(min=-1e4)  # -inf where the probability is 0, and 0 * -inf is NaN
+            entropies.append(-probs.mul_(logprobs).sum(dim=1))
+            del logprobs, probs  # before the next chunk is made
         entropies = torch.cat(entropies)
         ctx.mark_non_differentiable(entropies)
         return torch.cat(chosen), entropies

@@ -29,9 +29,18 @@ So the curriculum tau(t) starts low, while the policy learns to be right, and ri
 learns to be right for a reason.
 
 Why some terms are factors and some are addends. A factor is a condition. If a response has no
-readable answer, or says next to nothing, or says the same again and again, then no merit can make
-up for that, and R is 0 or close to it. An addend is a merit that counts without the others. A right
-letter after a muddle is worth something, and so is sound reasoning that ends at a wrong letter.
+readable answer, goes on for too long or says the same again and again, then no merit can make up
+for that. An addend is a merit that counts without the others. A right letter after a muddle is
+worth something, and so is sound reasoning that ends at a wrong letter. Five responses at the end of
+a run, with the default weights 1, 0.5 and 0.5:
+
+                                                   fmt   out   struct  content  len      R
+    sound reasoning, right letter                   1     1      1       1       1      2.0
+    a right letter, and no stage at all             1     1      0       0       1      1.0
+    sound reasoning, but a wrong letter             1     0      1       1       1      1.0
+    four stages of a wrong story, right letter      1     1      1       0       1      1.5
+    cut off before the answer                       0                                   0.0
+
 This matters because GRPO learns from nothing but differences between responses to the same
 question: where all of them are right, or all are wrong, the letter makes no difference, but the
 reasoning still does.
@@ -157,7 +166,7 @@ def length_reward(
         window(L) = s(k (L - Lmin) / (Lmax - Lmin)) * (1 - s(k (L - Lmax) / (Lmax - Lmin)))    [P]
 
     L is `length`, the sampled tokens with a closing stop token; k is `sharpness`. The window is
-    0.5 at both ends, close to 1 between them, and close to 0 outside.
+    soft: with the defaults .17 at 0 tokens, .5 at 32, .97 at 100, .5 at 1024 and .02 at 1100.
 
     Against reasoning that is missing and reasoning that is padded. As a factor it makes going
     round in circles worthless. It cannot catch padding that finds new words all the time.
@@ -256,9 +265,6 @@ def total_reward(
     `content` is R_content, or None where no content model computed it. An addend that is off or not
     computed is 0, a factor that is off is 1, and no weight changes.
     """
-    off = config.off
-    if "content" in off:
-        content = None
     window = (config.min_length, config.max_length, config.sharpness)
     parts = {
         "fmt": format_reward(response, problem),
@@ -268,8 +274,8 @@ def total_reward(
         "len": length_reward(response, length, *window),
         "tau": tau,
     }
-    on = {name: value for name, value in parts.items() if name not in off and value is not None}
-    r = TERMS | on
+    left_out = [name for name in TERMS if name in config.off or parts[name] is None]
+    r = parts | {name: TERMS[name] for name in left_out}
     process = config.w_struct * r["struct"] + config.w_content * r["content"]
     total = r["fmt"] * (config.w_out * r["out"] + tau * process) * r["len"]
     return Reward(total, parts)

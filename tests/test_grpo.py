@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import grpo
-from grpo import GRPOConfig, Group, Policies, Run, checkpoints, load_problems
+from grpo import GRPOConfig, Group, Policies, Run, checkpoints, flat_groups, load_problems
 from grpo import log_line, micro_batches, minibatches, problems_of_step, train, update
 from model import Completion, Tokenizer, generate, load_model, save_model
 from rewards import Reward, RewardConfig
@@ -159,7 +159,8 @@ def test_the_log_line_is_a_mean_over_completions():
         [Reward(1.5, parts), Reward(1.5004, parts)],  # as good as equal: flat
     ]
     responses = [[Response("", None, fault=fault) for fault in pair] for pair in FAULTY]
-    line = log_line(7, groups, responses, rewards)
+    flat = flat_groups(torch.tensor([[1.0, 2.0], [1.5, 1.5004]], dtype=torch.float64))
+    line = log_line(7, groups, responses, rewards, flat)
     assert line.pop("reward") == pytest.approx(6.0004 / 4)
     faults = {name: share for name, share in line.items() if name.startswith("fault") and share}
     assert faults == {"fault, cut off": 0.25, "fault, two answers": 0.25}

@@ -275,12 +275,9 @@ def test_each_term_goes_off_by_one_flag():
     assert total("", broken) == 0.0 and total("fmt,len", broken) == pytest.approx(
         1 + 0.5 * 0.25 + 0.5 * 0.25, abs=1e-9
     )
-    assert (
-        total_reward(
-            response, PROBLEM, 32, content=0.25, config=RewardConfig(without="content")
-        ).parts["content"]
-        is None
-    )
+    without_content = RewardConfig(without="content")
+    reward = total_reward(response, PROBLEM, 32, content=0.25, config=without_content)
+    assert reward.parts["content"] == 0.25  # what was computed is logged, whether it counts or not
     with pytest.raises(
         ValueError, match="--without length: expected any of fmt,out,struct,content,len"
     ):
@@ -301,7 +298,7 @@ def test_each_term_and_every_set_of_terms_can_be_left_out():
             expected = merit if "len" in off else 0.5 * merit
             assert reward.total == pytest.approx(expected, abs=1e-9), off
             assert list(reward.parts) == [*TERMS, "tau"]
-            assert (reward.parts["content"] is None) == ("content" in off)
+            assert reward.parts["content"] == 0.25
 
 
 def test_a_factor_of_0_counts_unless_it_is_off():
@@ -315,9 +312,9 @@ def test_a_weight_of_0_is_a_term_that_is_off():
     assert RewardConfig().off == set()
     config = RewardConfig(w_out=0.0, w_content=0.0, without="len")
     assert config.off == {"out", "content", "len"}
-    assert (
-        total_reward(respond(CE), PROBLEM, 32, content=0.5, config=config).parts["content"] is None
-    )
+    structured = total_reward(respond(CE), PROBLEM, 32, content=None, config=config)
+    reward = total_reward(respond(CE), PROBLEM, 32, content=0.5, config=config)
+    assert reward.total == structured.total and reward.parts["content"] == 0.5
 
 
 @pytest.mark.parametrize(
