@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from eval import aligned, compare_rows, read_result, summarise, table_rows  # noqa: E402
+from eval import compare_rows, normalise, read_result, summarise, table_rows  # noqa: E402
 
 CONTENT = ROOT / "assets" / "content"
 COMMON = "--prompts 4 --group-size 8 --max-new-tokens 128 --min-length 16 --beta 0 --no-recompute"
@@ -104,27 +104,68 @@ def main() -> None:
     print(tables)
 
 
-def pooled(folder: Path, kind: str, dataset: str) -> dict:
-    """Read the results of all seeds as one, with a seed's response as a sample of the problem."""
+def read_seeds(folder: Path, kind: str, dataset: str) -> list[dict]:
+    return [read_result(folder / f"{kind}{seed}-{dataset}.json") for seed in SEEDS]
+
+
+def pooled(results: list[dict]) -> dict:
+    """Sum up the results of all seeds as one, with a seed's response as a sample of the problem."""
     records = []
-    for seed in SEEDS:
-        result = read_result(folder / f"{kind}{seed}-{dataset}.json")
+    for seed, result in enumerate(results):
         records += [record | {"sample": seed} for record in result["responses"]]
     return summarise(sorted(records, key=lambda record: record["item"]))
 
 
+def half(result: dict, number: int) -> dict:
+    """Keep every second story of a result, from the first or the second on."""
+    records = result["responses"]
+    stories = list(dict.fromkeys(normalise(record["story"]) for record in records))
+    chosen = set(stories[number::2])
+    return summarise([record for record in records if normalise(record["story"]) in chosen])
+
+
+def make_table(base: dict, warm: dict, full: list[dict], out: list[dict]) -> str:
+    """Lay out in Markdown the means of all measures, with the ranges of the seeds, and differences.
+
+    The intervals of the differences draw stories, as eval.py --compare does, and no seeds.
+    """
+    columns = {"as it comes": base, "warmed up": warm}
+    columns |= {"full reward": pooled(full), "only R_out": pooled(out)}
+    by_seed = [table_rows(dict(enumerate(results))) for results in (full, out)]
+    ranges = [{label: values for label, _, *values in rows} for rows in by_seed]
+    compared = (("warmed up", "full reward"), ("only R_out", "full reward"))
+    changes = []
+    for names in compared:
+        rows = compare_rows(*(columns[name] for name in names), names)
+        changes.append({row[0]: row[-1] for row in rows})
+    (_, _, *header), *rows = table_rows(columns)
+    header += ["full - warmed up", "full - only R_out"]
+    lines = [["", *header], ["---"] * (1 + len(header))]
+    for label, _, *cells in rows:
+        for place, of_seeds in enumerate(ranges, start=2):
+            values = sorted(map(float, filter(is_number, of_seeds.get(label, []))))
+            if values:
+                cells[place] += f" ({values[0]:g} to {values[-1]:g})"
+        lines.append([label.strip(), *cells, *(change.get(label, "-") for change in changes)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def is_number(cell: str) -> bool:
+    return cell not in ("", "-")
+
+
 def make_tables(folder: Path, datasets: list[str]) -> list[str]:
-    """Make a table for each set of problems, and the differences that the question is about."""
+    """Make a table for each set of problems, and one for each half of the benchmark's stories."""
     tables = []
     for dataset in datasets:
-        results = {
-            name: read_result(folder / f"{name}-{dataset}.json") for name in ("base", "warm")
-        }
-        results |= {f"{kind}, 3 seeds": pooled(folder, kind, dataset) for kind in KINDS}
-        tables.append(f"{dataset}\n{aligned(table_rows(results, list(results)))}")
-        base, warm, full, out = results.values()
-        for a, b, names in ((warm, full, ("warm", "full")), (out, full, ("out", "full"))):
-            tables.append(f"{dataset}\n{aligned(compare_rows(a, b, names))}")
+        sides = [[read_result(folder / f"{name}-{dataset}.json")] for name in ("base", "warm")]
+        sides += [read_seeds(folder, kind, dataset) for kind in KINDS]
+        parts = {dataset: sides}
+        if dataset == "data":
+            for i in (0, 1):
+                parts[f"data, half {i + 1}"] = [[half(r, i) for r in side] for side in sides]
+        for name, ((base,), (warm,), full, out) in parts.items():
+            tables.append(f"{name}\n{make_table(base, warm, full, out)}")
     return tables
 
 
