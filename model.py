@@ -5,7 +5,7 @@ learning asks of it:
 
     the transformer      RMSNorm, rotary positions, grouped-query attention, SwiGLU
     how tokens attend    Packed: whole prompts and completions in one row
-    sampling             `generate`, the loop inside it, and Decoding: one new token in each row
+    sampling             `generate`, the loop inside it, and its KVCache; then what makes it faster
     log-probabilities    of given completions, with gradients: what the loss is made of
     files                checkpoints, the tokenizer and its chat template
 
@@ -13,7 +13,7 @@ Three decisions shape all of it.
 
 *A prompt is computed once.* GRPO samples a group of completions for each prompt and compares them.
 The prompt's keys and values are the same for the whole group, so they are computed once and kept
-once, while sampling (Decoding) and in training (Packed), where gradients flow back into the prompt
+once, while sampling (KVCache) and in training (Packed), where gradients flow back into the prompt
 from all of its completions.
 
 *The sampler's log-probabilities are those of the policy.* They are the log-softmax of the raw
@@ -208,16 +208,16 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.computes_on or self.embed_tokens.weight.device
 
-    def hidden(self, tokens: Tensor, context: "Packed | Decoding") -> Tensor:
-        """Return the last hidden states of tokens; `context` knows where they stand and attend.
+    def hidden(self, tokens: Tensor, layout: "Packed | KVCache") -> Tensor:
+        """Return the last hidden states of tokens; (B, T) -> (B, T, d).
 
-        (B, T) -> (B, T, d)
+        `layout` knows their positions, and every layer calls its `attend`.
         """
         self.frequencies = self.frequencies.to(tokens.device)
-        cos, sin = rotary_tables(context.positions, self.frequencies)
+        cos, sin = rotary_tables(layout.positions, self.frequencies)
         x = self.embed_tokens(tokens)
         for layer, block in enumerate(self.layers):
-            inputs = (x, cos, sin, partial(context.attend, layer))
+            inputs = (x, cos, sin, partial(layout.attend, layer))
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -258,13 +258,12 @@ class Packed:
           q                            x  x
           c                            x  x  x  x
 
-    `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `cache` is None, or
-    else a dict to which each layer adds the keys and values of the row, for a Decoding that goes on
-    from here.
+    `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `kept` is None, or
+    else a dict to which each layer adds the keys and values of the row, for a KVCache.
     """
 
     def __init__(self, prompts: list[Ids], completions: list[list[Ids]], device: torch.device):
-        self.cache: dict[int, Tensor] | None = None
+        self.kept: dict[int, Tensor] | None = None
         self.prompts: list[range] = []
         self.completions: list[list[range]] = []
         # Segments are the prompts and completions that are not empty. The keys that a segment sees
@@ -297,8 +296,8 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, heads, N, D), k and v (1, kv_heads, N, D) -> (1, heads, N, D)."""
-        if self.cache is not None:
-            self.cache[layer] = torch.cat((k, v)).permute(2, 0, 1, 3)  # (N, 2, kv_heads, D)
+        if self.kept is not None:
+            self.kept[layer] = torch.cat((k, v)).permute(2, 0, 1, 3)  # (N, 2, kv_heads, D)
         k, v = k.index_select(2, self.keys_of), v.index_select(2, self.keys_of)
         if has_one_kernel(q):
             return self.attend_at_once(q, k, v)
@@ -330,10 +329,6 @@ def has_one_kernel(x: Tensor) -> bool:
 # -------------------------------------------------------------------------------------- sampling
 
 
-class Diverged(ValueError):
-    """Logits or weights are not finite: the weights are broken, or training has run away."""
-
-
 @dataclass
 class Completion:
     tokens: list[int]  # what was sampled, the closing stop token included
@@ -341,12 +336,12 @@ class Completion:
     finished: bool  # ended by a stop token and not by the length limit
 
 
-SAMPLING_BUDGET = 65536  # tokens in caches at a time
+SAMPLING_BUDGET = 65536  # cached tokens at a time; see `waves`
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of `generate`, in this order; ValueError names one that is out of range."""
+    """The settings of `generate`, in this order."""
 
     group_size: int = 1  # completions of each prompt
     max_new_tokens: int = 256
@@ -369,17 +364,17 @@ class Sampling:
 
 
 def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[list[Completion]]:
-    """Sample completions of each prompt; return a list of P lists of G.
+    """Sample G completions of each of P prompts; return P lists of G.
 
-    The further arguments are the fields of Sampling, by place or by name. The `logprobs` of a
-    completion are those of the raw logits, whatever the settings are. Its random numbers depend
-    only on the seed, its prompt, its place in the group and the position, so its tokens depend on
-    what else is in the batch by rounding at most, and equal prompts share a group.
+    The further arguments are the fields of Sampling, in order or by name. The `logprobs` of a
+    completion are those of the raw logits, whatever the settings are. Its random numbers depend on
+    the seed, its prompt, its index in the group and the position alone, so the rest of the batch
+    changes its tokens by rounding at most, and equal prompts get the same completions.
 
-    At most `token_budget` tokens are held in caches at a time, but at least one prompt's group; see
-    `waves`. ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room
-    for `max_new_tokens` in the model's context, a setting out of range. Diverged: logits that are
-    not finite.
+    `token_budget` limits how many prompts are sampled at a time, to one at least; see `waves`.
+    ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room for
+    `max_new_tokens` in the model's context, a setting out of range. Diverged: logits that are not
+    finite.
     """
     groups = dict(generate_stream(model, prompts, *args, **settings))
     return [groups[tuple(prompt)] for prompt in prompts]
@@ -389,8 +384,8 @@ def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[
 def generate_stream(model: Transformer, prompts: list[Ids], *args, **settings) -> Iterator[tuple]:
     """Yield each distinct prompt, as a tuple of ids, with the list of its completions.
 
-    Long prompts come first, each as soon as it is sampled. The arguments and errors are those of
-    `generate`.
+    The longest prompts come first, in waves: those that are sampled together come together. The
+    arguments and errors are those of `generate`. Until it ends, the model must not be trained.
     """
     sampling = Sampling(*args, **settings)
     for i, prompt in enumerate(prompts):
@@ -401,7 +396,7 @@ def generate_stream(model: Transformer, prompts: list[Ids], *args, **settings) -
 
 
 def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[list[Completion]]:
-    """Sample completions of these prompts together, B = P * G rows at most N tokens long."""
+    """Sample G completions of each prompt together: B = P * G rows of up to N tokens each."""
     G, N = sampling.group_size, sampling.max_new_tokens
     B = len(prompts) * G
     device = model.device
@@ -410,14 +405,14 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
     stops = torch.tensor(list(sampling.stop_ids), dtype=torch.long, device=device)
     tokens = torch.zeros(B, N, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, N, device=device)
-    lengths = torch.full((B,), N, device=device)  # up to the first stop token, that included
+    lengths = torch.full((B,), N, device=device)  # N also means: not stopped yet
 
-    logits, context = prefill(model, prompts, sampling)  # (B, V)
-    rows = torch.arange(B, device=device)  # the completions that are still being written
+    logits, cache = prefill(model, prompts, sampling)  # (B, V), the prompts' keys and values
+    rows = torch.arange(B, device=device)  # which completion each row of the batch writes
     period = tokens_per_graph(device)
 
     def next_logits(chosen: Tensor) -> Tensor:
-        return model.lm_head(model.hidden(chosen[:, None], context)[:, -1])  # (rows, V)
+        return model.lm_head(model.hidden(chosen[:, None], cache)[:, -1])  # (rows, V)
 
     for t in range(N):
         # 1. Sample a token for every row.
@@ -426,21 +421,21 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
         tokens[rows, t] = chosen
         logprobs[rows, t] = row_logprobs.gather(1, chosen[:, None])[:, 0]
 
-        # 2. Note where rows stop.
-        ends = torch.where(torch.isin(chosen, stops), t + 1, N)
-        lengths[rows] = torch.minimum(lengths[rows], ends)
+        # 2. Note which rows stop.
+        stop_at = torch.where(torch.isin(chosen, stops), t + 1, N)
+        lengths[rows] = torch.minimum(lengths[rows], stop_at)
         going_on = (lengths[rows] == N).nonzero()[:, 0]
         if t == N - 1 or not len(going_on):
             break
 
-        # 3. Feed the tokens back to get the next logits. Rows that stopped leave first. A recorded
-        # graph has a fixed batch, so on a GPU they stay until the next one is recorded, and write
-        # what nobody reads.
-        context.open_place(t)
+        # 3. Feed the new tokens, and only these: the past is in the cache. On a CPU rows that have
+        # stopped leave at once. A CUDA graph needs a batch of fixed size, so on a GPU they stay
+        # until the next one is recorded, and what they write is not read.
+        cache.begin_step(t)
         if t % period == 0:
             rows, chosen = rows[going_on], chosen[going_on]
-            context.keep(going_on)
-            context.span = min(t + period, N)
+            cache.keep(going_on)
+            cache.span = min(t + period, N)
             forward = recorded(next_logits, chosen) if period > 1 else next_logits
         logits = forward(chosen)
 
@@ -452,31 +447,34 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
     return [completions[first : first + G] for first in range(0, B, G)]
 
 
-def uniforms(seed: int, prompt: Ids, place: int, count: int) -> np.ndarray:
+class Diverged(ValueError):
+    """Logits or weights are not finite: the weights are broken, or training has run away."""
+
+
+def uniforms(seed: int, prompt: Ids, index: int, count: int) -> np.ndarray:
     """Draw `count` numbers in [0, 1) for one completion: number t is for position t.
 
-    They are a function of seed, prompt and place in the group. There is no generator whose state
-    would have to be saved, so a resumed run, a larger batch or a second process draw the same
-    numbers.
+    The generator is seeded anew from seed, prompt and index in the group. So there is no state to
+    save: a resumed run, a larger batch or a second process draws the same numbers.
     """
-    numbers = np.array([seed, place, *prompt], dtype=np.int64)
+    numbers = np.array([seed, index, *prompt], dtype=np.int64)
     key = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
     philox = np.random.Philox(key=int.from_bytes(key, "little"))
     return np.random.Generator(philox).random(count)
 
 
 def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Choose a token for each row: the likeliest at temperature 0, else a random one.
+    """Choose a token for each row: the likeliest at temperature 0, else sample one.
 
     logprobs (rows, V) in float32, uniform (rows,) in float64 -> (rows,)
     """
     if sampling.temperature == 0:
         return logprobs.argmax(dim=-1)
     probs = (logprobs / sampling.temperature).softmax(dim=-1)
-    if sampling.top_k:
+    if sampling.top_k:  # and those that are as likely as the last of them
         least = probs.topk(min(sampling.top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < least, 0.0)
-    if sampling.top_p < 1:  # keep the smallest set of tokens whose probabilities reach top_p
+    if sampling.top_p < 1:  # drop a token if those that are likelier reach top_p without it
         ordered, order = probs.sort(dim=-1, descending=True)
         reached = ordered.double().cumsum(dim=-1)
         dropped = reached - ordered >= sampling.top_p * reached[:, -1:]
@@ -484,14 +482,177 @@ def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return inverse_cdf(probs, uniform)
 
 
+class KVCache:
+    """Keys and values of all past tokens. They never change, so each is computed only once.
+
+    Rows (completions) stand in a grid of slots, one line for each prompt. Here the second
+    completion of the second prompt has stopped and left; what is computed in its slot is not read:
+
+        keys of the prompts      keys of what was written, by slot
+        x  x  x  x               a  a  .  |  b  b  .  |  c  c  .
+        y  y  -  -               d  d  .  |           |  e  e  .      (-) padding  (.) not yet
+
+    An ordinary cache would hold and read a prompt's keys once for each completion. Here they are
+    stored once, and one product serves all queries of the group. When every line has an empty slot,
+    or a line has no row left, the grid shrinks.
+
+    P prompts of up to L tokens; G slots for N tokens each; K kv heads, each for n query heads of
+    size D.
+    """
+
+    def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
+        """Make room for prompts of these lengths (P,), and for the new tokens of their groups."""
+        device, layers = model.device, range(model.config.num_hidden_layers)
+        kind = dict(device=device, dtype=model.embed_tokens.weight.dtype)
+        K, D = model.config.num_key_value_heads, model.config.head_dim
+        P, L, G, N = len(lengths), int(lengths.max()), group_size, max_new_tokens
+        # Of each layer, first keys and then values. What is not written yet has weight 0, but 0
+        # times what happens to be in memory can be NaN, so the caches begin as zeros.
+        self.prompt_cache = [torch.zeros(2, P, K, L, D, **kind) for _ in layers]
+        self.written_cache = [torch.zeros(2, P, K, G, N, D, **kind) for _ in layers]
+        self.prompt_lengths, self.longest = lengths, L
+        # The step t. A tensor, because a CUDA graph would freeze the value of a number.
+        self.step = torch.zeros(1, dtype=torch.long, device=device)
+        self.span = 0  # attention reads so many columns of what was written
+        # -inf hides the padding behind a prompt, and the columns that are not written yet.
+        unseen = torch.arange(L + N, device=device) >= lengths[:, None]  # (P, L + N)
+        self.bias = torch.zeros(P, 1, 1, 1, L + N, **kind)
+        self.bias.masked_fill_(unseen[:, None, None, None], -math.inf)
+        self.kv_heads = torch.arange(K, device=device)[:, None]
+        line = torch.arange(P, device=device).repeat_interleave(G)
+        slot = torch.arange(G, device=device).repeat(P)
+        self._place(line, slot, (P, G))
+
+    def _place(self, line: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
+        """Put row i into slot slot[i] of line line[i]; an empty slot repeats row 0.
+
+        `queries_of` (P, K, G) is the index row * K + kv head of each slot's queries (n, D).
+        """
+        self.line, self.slot, self.grid = line, slot, grid
+        row_of_slot = torch.zeros(grid, dtype=torch.long, device=line.device)
+        row_of_slot[line, slot] = torch.arange(len(line), device=line.device)
+        self.row_of_slot = row_of_slot[:, None]  # (P, 1, G)
+        self.queries_of = self.row_of_slot * len(self.kv_heads) + self.kv_heads
+
+    def begin_step(self, t: int) -> None:
+        """Let the next keys go to column t of what was written, and be seen."""
+        self.step.fill_(t)
+        self.bias[..., self.longest + t] = 0
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions (rows, 1) of the tokens that are fed now."""
+        return (self.prompt_lengths[self.line] + self.step)[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new keys and values, then let the queries attend to all that are stored.
+
+        q (rows, heads, 1, D), k and v (rows, K, 1, D) -> (rows, heads, 1, D)
+        """
+        rows, K, _, D = k.shape
+        (P, G), L, S = self.grid, self.longest, self.span
+        # Indices with slices between them come first in a shape: here (rows, 2, K, D).
+        new = torch.cat((k, v), dim=2).transpose(1, 2)
+        self.written_cache[layer][:, self.line, :, self.slot, self.step] = new
+        prompt_keys, prompt_values = self.prompt_cache[layer]  # (P, K, L, D)
+        written_keys, written_values = self.written_cache[layer][..., :S, :]  # (P, K, G, S, D)
+
+        q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
+        prompt_scores = q.view(P, K, -1, D) @ prompt_keys.mT  # (P, K, G * n, L)
+        written_scores = q @ written_keys.mT  # (P, K, G, n, S)
+        scores = torch.cat((prompt_scores.view(P, K, G, -1, L), written_scores), dim=-1)
+        weights = (scores + self.bias[..., : L + S]).softmax(dim=-1)
+        out = weights[..., :L].reshape(P, K, -1, L) @ prompt_values  # (P, K, G * n, D)
+        out = out.view(q.shape) + weights[..., L:] @ written_values
+        return out[self.line, :, self.slot].view(rows, -1, 1, D)
+
+    def fill(self, first: int, packed: Packed) -> None:
+        """Copy the keys and values of prompts `first`, `first` + 1, ... out of one packed row.
+
+        It holds their common start once, and then the rest of each. The start's keys and values go
+        to every prompt. `sources` are places in the row, `lines` and `columns` places in the cache.
+        """
+        start = packed.prompts[0]
+        sources, lines = [], []
+        for line, rest in enumerate(packed.completions[0], start=first):
+            sources += [*start, *rest]
+            lines += [line] * (len(start) + len(rest))
+        sources, lines = torch.tensor([sources, lines], device=packed.tokens.device)
+        columns = packed.positions[0, sources]
+        for layer, keys_and_values in packed.kept.items():
+            self.prompt_cache[layer][:, lines, :, columns] = keys_and_values[sources]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows (ascending indices), in a smaller grid where they leave room."""
+        if len(rows) == len(self.line):
+            return
+        old_line, old_slot, (_, old_G) = self.line[rows], self.slot[rows], self.grid
+        lines, line, counts = old_line.unique(return_inverse=True, return_counts=True)
+        grid = (len(lines), int(counts.max()))
+        if grid == self.grid:
+            self._place(old_line, old_slot, grid)
+            return
+        # The first row of a line goes into slot 0, the next one into slot 1.
+        slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
+        self._place(line, slot, grid)
+        self.prompt_lengths, self.bias = self.prompt_lengths[lines], self.bias[lines]
+        K, row = len(self.kv_heads), self.row_of_slot
+        source = ((old_line[row] * K + self.kv_heads) * old_G + old_slot[row]).flatten()
+        for layer, cache in enumerate(self.written_cache):
+            self.prompt_cache[layer] = self.prompt_cache[layer][:, lines]
+            slots = cache.flatten(1, 3)  # (2, P * K * old_G, N, D)
+            # The right side is a copy, so the old slots and the new ones may overlap.
+            slots[:, : len(source), : self.span] = slots[:, source, : self.span]
+            self.written_cache[layer] = slots[:, : len(source)].unflatten(1, (grid[0], K, grid[1]))
+
+
+def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple[Tensor, KVCache]:
+    """Run whole prompts -> logits (B, V) of the first new tokens, and the cache they have filled.
+
+    Prompts mostly begin with the same system message, which is run once for several of them: packed
+    as if that common start were a prompt, and the rest of each prompt a completion of it. Only
+    several, because a CPU is fastest while the activations fit into its caches, and a GPU's memory
+    is needed for other things.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    cache = KVCache(model, lengths, sampling.group_size, sampling.max_new_tokens)
+    start = common_start(prompts)
+    rests = [prompt[start:] for prompt in prompts]
+    limit = prefill_tokens(model.device)
+    last_states, done = [], 0
+    for batch in batches(rests, lambda batch: sum(map(len, batch)) <= limit):
+        packed = Packed([prompts[0][:start]], [batch], model.device)
+        packed.kept = {}
+        hidden = model.hidden(packed.tokens, packed)[0]  # (tokens, d); each layer adds to `kept`
+        cache.fill(done, packed)
+        done += len(batch)
+        last = [places[-1] for places in packed.completions[0]]
+        last_states.append(hidden[torch.tensor(last, device=model.device)])
+    logits = model.lm_head(torch.cat(last_states))  # (P, V)
+    return logits.repeat_interleave(sampling.group_size, dim=0), cache
+
+
+def prefill_tokens(device: torch.device) -> int:
+    return 2048 if device.type == "cpu" else 16384
+
+
+def common_start(prompts: list[Ids]) -> int:
+    """Return how many tokens all prompts begin with; 0 if they are few, or there is one prompt.
+
+    Each prompt keeps at least its last token for itself, because the first logits come from there.
+    """
+    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))  # of any lists
+    return length if length >= 16 and len(prompts) > 1 else 0
+
+
 def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
-    """Return the first id whose cumulative probability exceeds uniform * total.
+    """Sample the first id whose cumulative probability exceeds uniform * total.
 
     probs (rows, V), uniform (rows,) -> (rows,)
 
-    Cumulative sums must be in float64, or rare tokens are rounded away. One over the whole
-    vocabulary would write a float64 table of it for every token, so the search has two levels:
-    blocks of ids, then the ids of the block that was hit.
+    In float32 a long cumulative sum rounds rare tokens away, and in float64 it would be a table
+    twice the size of `probs`. So there are two short ones: over blocks of ids, and then over the
+    ids of the block that was hit.
     """
     V = probs.shape[1]
     blocks = F.pad(probs, (0, -V % block)).unflatten(1, (-1, block))  # (rows, V / block, block)
@@ -510,172 +671,23 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
 def first_above(edges: Tensor, target: Tensor) -> Tensor:
     """Return the index of the first edge above the target; (rows, n), (rows, 1) -> (rows, 1).
 
-    Rounding must not put a target at the last edge or after it, where no id has any probability.
+    A target that was rounded up to the last edge is moved below it: no id comes after that edge.
     """
     below_last = torch.nextafter(edges[:, -1:], torch.zeros_like(target))
     index = torch.searchsorted(edges, torch.minimum(target, below_last), right=True)
     return index.clamp(max=edges.shape[1] - 1)  # searching for NaN gives an index after the end
 
 
-class Decoding:
-    """One new token in each row: what it attends to, in its prompt and in what the row has written.
+def waves(config: ModelConfig, prompts: Sequence[Ids], sampling: Sampling) -> Iterator[list[Ids]]:
+    """Cut the distinct prompts, longest first, into waves that are sampled one after the other.
 
-    Rows stand in a grid of slots, one line for each prompt. Here the second completion of q has
-    stopped, its row has left, and its slot is empty; what is computed there is never read:
-
-        keys of the prompts      keys of what was written, by slot
-        p  p  p  p               a  a  .  |  b  b  .  |  c  c  .
-        q  q  -  -               d  d  .  |           |  e  e  .      (.) not written yet
-
-    A batched cache would hold and read a prompt's keys once for each completion. Here all queries
-    of a group meet them in one product, which is most of what makes sampling fast. When every group
-    has an empty slot, or no row is left of a prompt, the grid shrinks.
-
-    Letters: P prompts, L tokens in the longest, G slots each for N tokens; K kv heads with n =
-    heads / K queries, D = head_dim.
+    A wave holds as many prompts as the budget allows, at least one. A prompt costs its tokens,
+    padded to the longest of the wave, and for each completion `max_new_tokens` and the logits.
     """
-
-    def __init__(self, model: Transformer, lengths: Tensor, group_size: int, max_new_tokens: int):
-        """Make room for prompts of these lengths (P,), and for the new tokens of their groups."""
-        device, layers = model.device, range(model.config.num_hidden_layers)
-        kind = dict(device=device, dtype=model.embed_tokens.weight.dtype)
-        K, D = model.config.num_key_value_heads, model.config.head_dim
-        P, L, G, N = len(lengths), int(lengths.max()), group_size, max_new_tokens
-        # Of each layer, first keys and then values. What is not written yet has weight 0, but 0
-        # times what happens to be in memory can be NaN, so the caches begin as zeros.
-        self.prompt_cache = [torch.zeros(2, P, K, L, D, **kind) for _ in layers]
-        self.written_cache = [torch.zeros(2, P, K, G, N, D, **kind) for _ in layers]
-        self.prompt_lengths, self.longest = lengths, L
-        # How much every row has written: a tensor, because a graph would repeat a plain number.
-        self.length = torch.zeros(1, dtype=torch.long, device=device)
-        self.span = 0  # how many places of what is written attention reads
-        # The bias hides what follows a prompt in its line, and what is not written yet.
-        unseen = torch.arange(L + N, device=device) >= lengths[:, None]  # (P, L + N)
-        self.bias = torch.zeros(P, 1, 1, 1, L + N, **kind)
-        self.bias.masked_fill_(unseen[:, None, None, None], -math.inf)
-        self.kv_heads = torch.arange(K, device=device)[:, None]
-        prompt = torch.arange(P, device=device).repeat_interleave(G)
-        slot = torch.arange(G, device=device).repeat(P)
-        self._place(prompt, slot, (P, G))
-
-    def fill(self, first: int, packed: Packed) -> None:
-        """Copy the keys and values of prompts `first`, `first` + 1, ... from a piece of prefill.
-
-        The piece holds the prompts' common start and then the rest of each one. What the start left
-        is copied for every prompt: `sources` are places in the piece, `lines` and `columns` say
-        where their keys go.
-        """
-        start = packed.prompts[0]
-        sources, lines = [], []
-        for line, rest in enumerate(packed.completions[0], start=first):
-            sources += [*start, *rest]
-            lines += [line] * (len(start) + len(rest))
-        sources, lines = torch.tensor([sources, lines], device=packed.tokens.device)
-        columns = packed.positions[0, sources]
-        for layer, keys_and_values in packed.cache.items():
-            self.prompt_cache[layer][:, lines, :, columns] = keys_and_values[sources]
-
-    def _place(self, prompt: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
-        """Put each row into a slot (rows,) of its prompt (rows,).
-
-        `queries_of` (P, K, G) says whose queries are computed where: it holds the index row * K +
-        kv head into the queries (rows * K, n, D). An empty slot repeats those of the first row.
-        """
-        self.prompt, self.slot, self.grid = prompt, slot, grid
-        row_of_slot = torch.zeros(grid, dtype=torch.long, device=prompt.device)
-        row_of_slot[prompt, slot] = torch.arange(len(prompt), device=prompt.device)
-        self.queries_of = row_of_slot[:, None, :] * len(self.kv_heads) + self.kv_heads
-
-    def open_place(self, length: int) -> None:
-        """Let the next token of every row be written at this place, and be seen."""
-        self.length.fill_(length)
-        self.bias[..., self.longest + length] = 0
-
-    @property
-    def positions(self) -> Tensor:
-        """Positions (rows, 1) of the tokens to come."""
-        return (self.prompt_lengths[self.prompt] + self.length)[:, None]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (rows, heads, 1, D), k and v (rows, K, 1, D) -> (rows, heads, 1, D)."""
-        rows, K, _, D = k.shape
-        (P, G), L, S = self.grid, self.longest, self.span
-        new = torch.cat((k, v), dim=2).transpose(1, 2)  # (rows, 2, K, D)
-        self.written_cache[layer][:, self.prompt, :, self.slot, self.length] = new
-        keys, values = self.written_cache[layer][..., :S, :]  # (P, K, G, S, D)
-        prompt_keys, prompt_values = self.prompt_cache[layer]  # (P, K, L, D)
-
-        q = q.reshape(rows * K, -1, D)[self.queries_of] * D**-0.5  # (P, K, G, n, D)
-        to_prompt = q.view(P, K, -1, D) @ prompt_keys.mT  # (P, K, G * n, L)
-        to_written = q @ keys.mT  # (P, K, G, n, S)
-        scores = torch.cat((to_prompt.view(P, K, G, -1, L), to_written), dim=-1)
-        weights = (scores + self.bias[..., : L + S]).softmax(dim=-1)
-        out = weights[..., :L].reshape(P, K, -1, L) @ prompt_values  # (P, K, G * n, D)
-        out = out.view(q.shape) + weights[..., L:] @ values
-        return out[self.prompt, :, self.slot].view(rows, -1, 1, D)
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (indices, in order), without empty lines and columns of slots."""
-        if len(rows) == len(self.prompt):
-            return
-        prompt, slot = self.prompt[rows], self.slot[rows]
-        prompts, line, counts = prompt.unique(return_inverse=True, return_counts=True)
-        grid = (len(prompts), int(counts.max()))
-        if grid == self.grid:
-            self._place(prompt, slot, grid)
-            return
-        K, old_G = len(self.kv_heads), self.grid[1]
-        # The first row of a line goes into column 0, the next one into column 1.
-        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
-        self._place(line, column, grid)
-        self.prompt_lengths, self.bias = self.prompt_lengths[prompts], self.bias[prompts]
-        row = self.queries_of // K  # (P, K, G): which row stands in each new slot;
-        source = ((prompt[row] * K + self.kv_heads) * old_G + slot[row]).flatten()  # where it stood
-        for layer, cache in enumerate(self.written_cache):
-            self.prompt_cache[layer] = self.prompt_cache[layer][:, prompts]
-            slots = cache.flatten(1, 3)  # (2, P * K * old_G, N, D)
-            # The right side is a copy, so the old slots and the new ones may overlap.
-            slots[:, : len(source), : self.span] = slots[:, source, : self.span]
-            self.written_cache[layer] = slots[:, : len(source)].unflatten(1, (grid[0], K, grid[1]))
-
-
-def prefill(model: Transformer, prompts: list[Ids], sampling: Sampling) -> tuple[Tensor, Decoding]:
-    """Run the prompts through the network -> logits (B, V) of the first tokens, and the Decoding.
-
-    Prompts mostly begin with the same system message. So each piece of them is packed as if that
-    common start were a prompt, and what is left of each prompt a completion of it. Pieces are
-    small, because a CPU is fastest while the activations fit into its caches, and a GPU's memory is
-    needed for other things.
-    """
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    context = Decoding(model, lengths, sampling.group_size, sampling.max_new_tokens)
-    start = common_start(prompts)
-    rests = [prompt[start:] for prompt in prompts]
-    limit = prefill_tokens(model.device)
-    last_states, done = [], 0
-    for piece in batches(rests, lambda piece: sum(map(len, piece)) <= limit):
-        packed = Packed([prompts[0][:start]], [piece], model.device)
-        packed.cache = {}
-        hidden = model.hidden(packed.tokens, packed)[0]  # (N, d)
-        context.fill(done, packed)
-        done += len(piece)
-        last = [places[-1] for places in packed.completions[0]]
-        last_states.append(hidden[torch.tensor(last, device=model.device)])
-    logits = model.lm_head(torch.cat(last_states))  # (P, V)
-    return logits.repeat_interleave(sampling.group_size, dim=0), context
-
-
-def prefill_tokens(device: torch.device) -> int:
-    return 2048 if device.type == "cpu" else 16384
-
-
-def common_start(prompts: list[Ids]) -> int:
-    """Return how many tokens all prompts begin with; 0 where sharing them saves nothing.
-
-    Each prompt keeps at least its last token for itself, because the first logits come from there.
-    """
-    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))  # any sequences
-    return length if length >= 16 and len(prompts) > 1 else 0
+    group_tokens = sampling.group_size * (sampling.max_new_tokens + logits_in_tokens(config))
+    budget, distinct = sampling.token_budget, dict.fromkeys(map(tuple, prompts))
+    longest_first = sorted(distinct, key=len, reverse=True)
+    return batches(longest_first, lambda wave: len(wave) * (len(wave[0]) + group_tokens) <= budget)
 
 
 def batches(items: Sequence, fits: Callable[[list], bool]) -> Iterator[list]:
@@ -690,31 +702,14 @@ def batches(items: Sequence, fits: Callable[[list], bool]) -> Iterator[list]:
         yield batch
 
 
-def waves(config: ModelConfig, prompts: Sequence[Ids], sampling: Sampling) -> Iterator[list[Ids]]:
-    """Cut the distinct prompts, longest first, into waves that are sampled one after the other.
-
-    A wave holds as many prompts as the budget allows, at least one. Each needs room for its tokens,
-    padded to the longest of the wave, and for its whole group; the tables of logits count as if
-    they were cached tokens.
-    """
-    group_tokens = sampling.group_size * (sampling.max_new_tokens + logits_in_tokens(config))
-    budget, distinct = sampling.token_budget, dict.fromkeys(map(tuple, prompts))
-    longest_first = sorted(distinct, key=len, reverse=True)
-    return batches(longest_first, lambda wave: len(wave) * (len(wave[0]) + group_tokens) <= budget)
-
-
 def logits_in_tokens(config: ModelConfig) -> int:
-    """Return the memory of one row's logits, in cached tokens; up to 12 tables of them exist."""
+    """Return the memory of a row's logits, in cached tokens; up to 12 tables of logits exist."""
     numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 12 * config.vocab_size // numbers_per_token
 
 
-def is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer))
-
-
 def check_ids(config: ModelConfig, name: str, ids: Ids, max_new_tokens: int = 0) -> None:
-    """ValueError: no ids, an id of no token, or no room in the context for as many new tokens."""
+    """ValueError: there are no ids, one is of no token, or they and the new tokens are too long."""
     if not len(ids):
         raise ValueError(f"{name} is empty: there must be a token to continue")
     if not all(map(is_whole, ids)) or not 0 <= min(ids) <= max(ids) < config.vocab_size:
@@ -725,19 +720,26 @@ def check_ids(config: ModelConfig, name: str, ids: Ids, max_new_tokens: int = 0)
         raise ValueError(f"{name} takes {needed}, the context has {config.max_position_embeddings}")
 
 
+def is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer))
+
+
+# ---------------------------------------------------------------------------- the same, but faster
+
+
 def tokens_per_graph(device: torch.device) -> int:
-    """Return for how many tokens the batch keeps its shape; 1: there are no graphs."""
+    """Return for how many tokens the batch keeps its rows; without CUDA graphs 1."""
     return 64 if device.type == "cuda" else 1
 
 
 def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the function as a CUDA graph, for tensors of the shape of x.
 
-    A token of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but Python needs 24
+    One step of the 4B model is 1,700 kernels, which keep an H100 busy for 8 ms; but Python needs 24
     ms to launch them one by one. A graph launches all at once: the same kernels on the same memory.
-    So while it is in use only numbers may change, and no tensor may be replaced or change its
-    shape. Each call overwrites the result of the one before. The function runs when it is recorded,
-    too: it must do no harm to run it twice.
+    So while it is in use tensors may change their values, but not their shape or address, and each
+    call overwrites the result of the one before. The first call below is one run more, so it must
+    do no harm to run the function twice.
     """
     given, graph = x.clone(), torch.cuda.CUDAGraph()
     function(given)  # what a library sets up at its first call cannot be recorded
@@ -753,15 +755,18 @@ def recorded(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tenso
     return replay
 
 
+REORDER_LIMIT = 4 << 30  # bytes
+
+
 @contextmanager
 def reordered_weights(model: Transformer) -> Iterator[None]:
-    """Inside, a float32 model on a CPU multiplies with weights in the order that suits oneDNN.
+    """Inside, the linear layers of a float32 model on a CPU use weights stored in oneDNN's order.
 
-    A plain product of a handful of rows is several times slower than reading the weights from
-    memory; this one is not, and rollouts take about 0.65 of the time. It costs one pass over the
-    weights and a second copy of them, so models above REORDER_LIMIT are left alone. The operators
-    are what torch.compile itself emits, but private to torch: where they are missing or wrong,
-    nothing happens.
+    For a handful of rows F.linear takes several times as long as reading the weights from memory;
+    this does not, and rollouts take about 0.65 of the time. It costs one pass over the weights and
+    a second copy of them, so models above REORDER_LIMIT are left alone. The operators are what
+    torch.compile itself emits, but private to torch: where they are missing or wrong, nothing
+    happens.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     weight = model.embed_tokens.weight
@@ -776,9 +781,6 @@ def reordered_weights(model: Transformer) -> Iterator[None]:
     finally:
         for linear in linears:
             vars(linear).pop("forward", None)
-
-
-REORDER_LIMIT = 4 << 30  # bytes
 
 
 def reorder(weight: Tensor) -> Tensor:

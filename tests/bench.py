@@ -133,9 +133,9 @@ class Ours:
         uniforms, choose = ours.uniforms, ours.choose
         ends = {tuple(prompt): row for prompt, row in zip(prompts, lengths - 1)}
 
-        def planned_uniforms(seed, prompt, place, count):
-            numbers = uniforms(seed, prompt, place, count)
-            numbers[ends[tuple(prompt)][place]] = 2
+        def planned_uniforms(seed, prompt, index, count):
+            numbers = uniforms(seed, prompt, index, count)
+            numbers[ends[tuple(prompt)][index]] = 2
             return numbers
 
         def planned_choose(logprobs: Tensor, uniform: Tensor, *args, **kwargs) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as module
 from model import (
-    Decoding,
+    KVCache,
     Packed,
     Sampling,
     Transformer,
@@ -291,7 +291,7 @@ def test_finished_rows_and_prompts_leave_the_batch(tiny, forwards):
     still = {
         i for i, group in enumerate(groups) if max(len(c.tokens) for c in group) == lengths.max()
     }
-    assert isinstance(context, Decoding) and len(context.prompt_cache[0][0]) == len(still) < 3
+    assert isinstance(context, KVCache) and len(context.prompt_cache[0][0]) == len(still) < 3
 
 
 class Graph(TorchDispatchMode):
@@ -376,7 +376,7 @@ def test_waves_hold_as_many_prompts_as_the_budget_allows(monkeypatch):
 def test_the_tables_of_logits_count_in_the_budget(forwards, tiny):
     generate(tiny, [[i, 2, 3] for i in range(20)], 2, 2, token_budget=200)
     # a row: 2 tokens, and 12 * 61 // (2 * 3 layers * 2 heads * 16) = 3 for its tables; a prompt: 3 + 2 * 5 = 13 of the 200
-    assert max(rows for rows, _, context in forwards if isinstance(context, Decoding)) == 2 * (
+    assert max(rows for rows, _, context in forwards if isinstance(context, KVCache)) == 2 * (
         200 // 13
     )
 
