@@ -3,7 +3,7 @@
 This is the method of Social-R1 (arXiv 2603.09249). [P] marks what the paper or its model card
 states, [O] what is our own choice because the public text is silent. One step of training:
 
-    1. roll out    sample G completions of each of P prompts from the policy itself
+    1. roll out    sample G completions of each of P prompts from the policy, the model in training
     2. score       give every completion a reward R                                   (rewards.py)
     3. compare     A_i = (R_i - mean(R)) / (std(R) + eps)          within the group of one prompt
     4. update      for every token of completion i, with ratio = exp(logp - logp_old):
@@ -13,10 +13,11 @@ states, [O] what is our own choice because the public text is silent. One step o
                    loss      = -( surrogate - beta * KL )      mean over tokens, then completions
     5. log
 
-Here logp, logp_old and ref are log-probabilities of one sampled token: under the policy that is
-being trained, under the policy as it was when it sampled the token, and under the reference, the
-model that training began with. e = 0.2 is the clip range (`clip_eps` in the code), and eps only
-avoids a division by 0.
+Here logp, logp_old and ref are log-probabilities of one sampled token: under the policy as it is,
+under the policy as it was when it sampled the token, and under the reference, the model that GRPO
+began with. e = 0.2 is the clip range (`clip_eps` in the code), and eps = 1e-6 changes next to
+nothing. A model that cannot produce the form at all first learns it from correct responses, as
+supervised learning does (--warm-up).
 
 If you have trained supervised models only, these are the questions that the formulas leave open.
 
@@ -25,38 +26,39 @@ data. We want the expected reward, the sum of p(y) R(y) over all completions y, 
 p * grad log p, its gradient is the sum of p(y) R(y) grad log p(y): the mean of R * grad log p over
 completions that the policy samples. So every choice in a completion that earned much becomes more
 likely. That is the policy gradient. Any constant may be subtracted from R, because the mean of
-grad log p is 0. With the expected reward subtracted, A says how much better than expected a
-completion was, and what was worse becomes less likely. With A = 1 everywhere it would be supervised
-learning on the policy's own samples.
+grad log p is 0. With the expected reward subtracted, it says how much better than expected a
+completion was: that is its advantage A, and what was worse becomes less likely. With A = 1
+everywhere it would be supervised learning on the policy's own samples.
 
 *Why do all tokens of a completion have the same A?* A completion is written token by token, so its
 log p(y) is the sum of its tokens' logp, and R * grad log p(y) is a sum in which each token has the
-same factor. The reward does not say which token earned it. Only the comparison of many completions
-tells them apart.
+same factor. The reward does not say which token earned it. That shows only on average, over many
+completions.
 
 *Why a group?* "Better than expected" needs an expectation. Other methods train a second network to
 predict the reward. GRPO asks the same question G times and takes the mean reward of the group: what
 this policy earns on this problem at present. A hard problem's only right answer stands out, and so
-does an easy problem's only mistake. Dividing by the standard deviation gives every problem the same
-say, whatever the scale of its rewards. (That changes the objective: problems that are nearly
-solved, or nearly hopeless, count for more. That the mean contains R_i itself does not: it only
-makes the step shorter, by the factor (G - 1) / G.) Where all rewards are practically equal there is
-nothing to compare, and the advantages are 0; only the KL still acts.
+does an easy problem's only mistake. Dividing by the standard deviation brings every problem's
+rewards to one scale. (So problems that are nearly solved, or nearly hopeless, count for more than
+they would without it. R_i itself is in the mean, too, but that only shortens the step, by the
+factor (G - 1) / G.) Where all rewards are practically equal there is nothing to compare, and the
+advantages are 0; only the KL still acts.
 
-*Why a ratio?* Sampling is slow, so a rollout may be split into several updates, each on other
-groups (--minibatches). From the second update on, the tokens come from a policy that is no longer
-the one that is trained. The ratio of the two probabilities corrects for it: its gradient is
+*Why a ratio?* Sampling is slow, so one rollout may serve several updates, each on its own groups
+(--minibatches). From the second update on, the tokens come from a policy that is no longer the one
+that is trained. The ratio of the two probabilities corrects for it: its gradient is
 ratio * grad logp, and a token that has become twice as likely counts twice, as it would in a fresh
-sample. In the first update of a rollout the two policies are the same, and with one update per
-rollout, the default for real models, in all of them: the ratio is 1 but for rounding, and the
-gradient is the plain policy gradient A * grad logp. In float32 rounding is 1e-4 at most. In
-bfloat16 single tokens are off by some tenths, so a few are clipped before anything was learned (in
-the log: `logprob_drift`, `clip_fraction`). GRPO's further passes over the same groups are left out.
+sample. In a rollout's first update, by default the only one for real models, the two policies are
+the same: the ratio is 1 but for rounding, and the gradient is the plain policy gradient
+A * grad logp. In float32 rounding is about 1e-4 at most. In bfloat16 single tokens are off by .1 to
+.5, and beyond .18 they may be clipped before anything was learned (in the log: `logprob_drift`,
+`clip_fraction`). GRPO's repeated passes over a rollout are left out here.
 
 *Why the clip, and why the minimum?* The ratio is trustworthy only near 1: a few tokens with a large
-ratio would otherwise run the show. So nothing is gained by moving a token's probability further
-than e = 20% away from where it was sampled. The minimum sees to it that this cuts off the incentive
-to go further, and never the way back. Between 1 - e and 1 + e both branches are the same; outside:
+ratio would otherwise run the show. So the clip pays nothing for moving a token's probability
+further than e = 20% from where it was sampled. The minimum sees to it that this cuts off the
+incentive to go further, and never the way back. Between 1 - e and 1 + e both branches are the same;
+outside:
 
                   ratio below 1 - e                     ratio above 1 + e
         A > 0     unclipped: it should become           clipped, gradient 0: it is likelier
@@ -65,43 +67,46 @@ to go further, and never the way back. Between 1 - e and 1 + e both branches are
                   already                               is likelier, so it is pushed down in full
 
 Without the minimum, a mistake that has become likely (A < 0, ratio above 1 + e) would sit on the
-flat part of the clip and could never be corrected.
+flat part of the clip, and the rest of this rollout could not correct it.
 
 *Why a KL?* The reward sees only what it was written to see. The penalty for leaving the reference
 keeps fluent language, and whatever else nobody rewards, from drifting away. The form above ("k3")
 estimates the KL divergence from single samples. It is never negative, because exp(x) lies above its
-tangent x + 1. With x = ref - logp, and means over what the policy samples:
+tangent x + 1. With x = ref - logp, and the mean over what the policy samples:
 
         estimate          its mean              its gradient                whose mean is
         -x                KL(policy || ref)     grad logp                   0
         exp(x) - x - 1    KL(policy || ref)     (1 - exp(x)) grad logp      grad KL(ref || policy)
 
-The means are equal because the mean of exp(x) is the sum of p * ref / p = 1. In a loss only the
-gradient acts, and there the two differ: -x would do nothing on average but add noise, and k3 acts
-like the divergence the other way round. That, too, draws the policy to the reference.
+The means are equal because exp(x) is q / p, q being the reference's probability, and the mean of
+that is the sum of p * q / p = 1. But a loss is differentiated with its samples held fixed. Then -x
+does nothing on average but add noise, and k3 acts like the divergence the other way round, which
+draws the policy to the reference, too.
 
 *What does the mean over tokens do?* The policy gradient adds up the tokens of a completion. GRPO
 divides by their number [P]: every completion has the same say, but each token of a long one has
-less, so that a long mistake is punished less by the token than a short one. With `--reduction dapo`
+less, so a long mistake costs less per token than a short one. With `--reduction dapo`
 (arXiv 2503.14476) all tokens of an update weigh the same; `dr_grpo` (arXiv 2503.20783) divides by a
 constant, and leaves out the division by std(R), too.
 
 *What do micro-batches divide by?* The means above are over all completions of an update. A
-micro-batch that divided by its own count would weigh its completions differently from the others',
-so all divide by the counts of the whole update. Then gradients add up to exactly those of one
+micro-batch that divided by its own count would give a completion more say the fewer it holds, so
+all divide by the counts of the whole update. Then gradients add up to exactly those of one
 batch, in several processes, too.
 
-*What does a completion earn that was cut off at the length limit?* It is parsed and scored like any
-other, and mostly earns 0, because its answer is missing. It stays in the loss: to run out of length
-is a mistake like any other.
+*What does a completion earn that was cut off at the length limit?* It is parsed and scored, mostly
+earns 0 because its answer is missing, and stays in the loss: to run out of length is a mistake like
+any other.
 
 *What does the loss say?* Hardly anything. The advantages of a group add up to 0, so with the ratio
-at 1 the surrogate is about 0 however much is learned. Watch the reward and its terms instead.
+at 1 and GRPO's mean the surrogate is 0 however much is learned. Watch the reward and its terms.
 
-The page goes on in this order: the objective, one step, the update, the loop. For the algorithm
-alone, stop there; settings, checkpoints, several processes, the plan of a run's memory and
-the command line follow. In one process, which is enough to read it, `summed`, `maximum` and
-`full_copy` return what they are given, and `wait_for_all` does nothing.
+The page goes on in this order: the objective, one step, the update, the loop, the warm-up. For the
+algorithm alone, stop there; what a run needs around it follows: what it loads and says, settings,
+checkpoints, several processes, the plan of its memory, the command line. In one process, which is
+enough for a reader, `rank()` is 0 and `world_size()` 1, `summed`, `maximum` and `equally_many`
+return what they are given, and `wait_for_all` does nothing; in float32 `full_copy` and
+`full_tensor` do nothing either.
 """
 
 from __future__ import annotations
@@ -163,8 +168,8 @@ def group_advantages(rewards: Tensor, scale=True, eps=1e-6, min_spread=1e-3) -> 
     rewards (P, G) -> advantages (P, G), computed in float64; std is the sample standard deviation
 
     A group whose rewards lie within `min_spread` of each other is flat: its advantages are exactly
-    0 [O]. Rounding, or the far tail of the length window, is no difference to learn from, and the
-    division would blow it up to size 1. `scale=False` leaves the division out (Dr. GRPO).
+    0 [O]. Rounding, or a token more or less, is no difference to learn from, and the division would
+    blow it up to size 1. `scale=False` leaves the division out (Dr. GRPO).
     ValueError: a group of one, which has nothing to be compared with.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
@@ -189,8 +194,8 @@ def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
     (B, T), (B, T) -> (B, T), never negative
     """
-    log_ratio = ref_logprobs - logprobs
-    return torch.exp(log_ratio) - log_ratio - 1
+    x = ref_logprobs - logprobs
+    return torch.expm1(x) - x  # expm1(x) is exp(x) - 1, without losing the digits of a small x
 
 
 def grpo_loss(
@@ -246,8 +251,9 @@ def grpo_loss(
     tokens = int(counts.sum())
     if normalizer is None:
         normalizer = loss_normalizer(len(mask), tokens, reduction, max_length)
-    clip_fraction = float(((clipped < unclipped) & mask).sum()) / max(tokens, 1)
-    mean_kl = float(torch.where(mask, kl, 0.0).sum().detach()) / max(tokens, 1)
+    # Padding adds nothing here: its ratio is 1 and its kl 0.
+    clip_fraction = float((clipped < unclipped).sum()) / max(tokens, 1)
+    mean_kl = float(kl.sum().detach()) / max(tokens, 1)
     metrics = {"kl": mean_kl, "clip_fraction": clip_fraction, "tokens": float(tokens)}
     return totals.sum() / max(normalizer, 1), metrics
 
@@ -263,9 +269,10 @@ def loss_normalizer(completions: float, tokens: float, reduction: str, max_lengt
 # ------------------------------------------------------------------------------------- one step
 #
 # `Run` (below) is what was asked for: `run.config` and `run.reward_config` hold the settings. Three
-# words for one thing: a Completion is what the sampler wrote, `tokens`, their `logprobs` at that
+# forms of one thing: a Completion is what the sampler wrote, `tokens`, their `logprobs` at that
 # time, and whether it `finished`; a Response is its text, parsed into `stages` and `answer`; a
-# Reward is what that earned, `total` and by term.
+# Reward is what that earned, `total` and by term. One of the terms, R_content, is a small model's
+# judgement of each stage, and the weight tau of the terms for the reasoning rises during the run.
 
 
 @dataclass
@@ -273,7 +280,7 @@ class Policies:
     """The policy that is trained, the reference it must stay near, and the policy's optimizer."""
 
     model: Transformer
-    reference: Transformer | None  # the model that training began with; None at beta 0
+    reference: Transformer | None  # the model that GRPO began with; None at beta 0
     optimizer: torch.optim.Optimizer
 
 
@@ -307,9 +314,8 @@ def train_step(training: Training, run: Run, step: int) -> dict:
 
     # 1. Roll out: the policy answers every problem of the step G times.
     problems = problems_of_step(training.problems, step, config.prompts, config.seed)
-    share = config.prompts // world_size()  # with several processes each takes its part
-    first = rank() * share
-    problems = problems[first : first + share]
+    mine = config.prompts // world_size()  # with several processes each takes its part
+    problems = problems[rank() * mine : (rank() + 1) * mine]
     chats = [build_messages(problem, training.instructions) for problem in problems]
     prompts = [tokenizer.chat(messages) for messages in chats]
     sampling = dict(group_size=config.group_size, max_new_tokens=config.max_new_tokens)
@@ -317,7 +323,7 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     groups = generate(full_copy(training.policies.model, run), prompts, **sampling)
     clock.lap("rollout")
 
-    # 2. Score: parse each completion, and reward the trajectory by the weights of this step.
+    # 2. Score: parse each completion, and reward it by its terms and this step's tau.
     responses = parse_groups(problems, prompts, groups, tokenizer)
     contents = [[None] * config.group_size for _ in problems]
     if training.content_model:
@@ -346,9 +352,9 @@ def train_step(training: Training, run: Run, step: int) -> dict:
     return line | metrics | {"lr": lr, "seconds": clock.seconds, "tokens_per_second": speed}
 
 
-def set_rate(policies: Policies, lr: float, step: int, rising: int) -> float:
-    """Let the learning rate rise to `lr` in the first steps; return that of this step."""
-    lr *= min(1.0, (step + 1) / max(rising, 1))
+def set_rate(policies: Policies, peak: float, step: int, warmup_steps: int) -> float:
+    """Let the learning rate rise to `peak` in the first steps; return that of this step."""
+    lr = peak * min(1.0, (step + 1) / max(warmup_steps, 1))
     for parameters in policies.optimizer.param_groups:
         parameters["lr"] = lr
     return lr
@@ -366,7 +372,7 @@ class Stopwatch:
         self.seconds[name] = time.perf_counter() - self.started - sum(self.seconds.values())
 
 
-def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) -> list[Problem]:
+def problems_of_step(problems: list, step: int, count: int, seed: int) -> list:
     """Return the `count` problems of a step: the next ones of a permutation, fresh in every epoch.
 
     An epoch has whole batches only, so no problem comes twice in a step. The choice depends on seed
@@ -381,7 +387,7 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
 def reward_groups(problems, groups, responses, contents, tau, config) -> list[list[Reward]]:
     """Compute the Reward of every Completion from its Response and its R_content.
 
-    P problems, and P lists of G of each of the others -> P lists of G
+    P problems; groups, responses and contents in P lists of G -> P lists of G
     """
     rewards = []
     for problem, *group in zip(problems, groups, responses, contents):
@@ -392,42 +398,6 @@ def reward_groups(problems, groups, responses, contents, tau, config) -> list[li
     return rewards
 
 
-def log_line(step: int, groups: list, responses: list, rewards: list, flat: Tensor) -> dict:
-    """Collect means over all completions, in all processes, for a step's line in metrics.jsonl.
-
-    What is not known, such as R_content without a content model, is None. "fault, ..." is how many
-    are not well-formed for this reason. `flat` (P,) says which groups are flat.
-    """
-    completions = list(itertools.chain(*groups))
-    parts = [reward.parts | {"reward": reward.total} for reward in itertools.chain(*rewards)]
-    known = [term for term, value in parts[0].items() if value is not None]
-    sums = {term: sum(part[term] for part in parts) for term in known}
-    sums["length"] = sum(len(completion.tokens) for completion in completions)
-    sums["finished"] = sum(completion.finished for completion in completions)
-    faults = Counter(r.cause(c.finished) for c, r in zip(completions, itertools.chain(*responses)))
-    sums |= {f"fault, {name}": faults[name] for name in CAUSES}
-    counts = summed({"flat": int(flat.sum()), "groups": len(groups), "all": len(completions)})
-    line = {"step": step, **dict.fromkeys(parts[0])}  # a term that is not known stays None
-    line |= {name: value / counts["all"] for name, value in summed(sums).items()}
-    return line | {"flat_groups": counts["flat"] / counts["groups"], "completions": counts["all"]}
-
-
-def tell_first_rollout(line: dict, response: str, config: GRPOConfig) -> None:
-    """Tell how the first rollout went; where there is little to learn from, say what helps."""
-    faults = {name: line[f"fault, {name}"] for name in CAUSES}
-    told = [f"{share:.0%} {name}" for name, share in faults.items() if share]
-    told = [f"first rollout: {line['fmt']:.0%} well-formed", *told]
-    tqdm.write(f"{', '.join(told)}; {line['flat_groups']:.0%} of the groups without spread")
-    said = " ".join(response.split())
-    tqdm.write(f"a response: {said[:200]} ... {said[200:][-100:]}")
-    if line["fmt"] < 0.2:
-        tqdm.write("WARNING: what is not well-formed earns 0: see --warm-up and --instructions")
-    if faults["cut off"] > 0.2:
-        tqdm.write(f"WARNING: raise --max-new-tokens, which is {config.max_new_tokens}")
-    if line["flat_groups"] == 1:
-        tqdm.write("WARNING: no spread, nothing to learn: --warm-up, other --data or --group-size")
-
-
 # ----------------------------------------------------------------------------------- the update
 
 
@@ -435,51 +405,47 @@ def update(policies: Policies, rollout: list[Group], config: GRPOConfig) -> dict
     """Go through the rollout in minibatches of whole groups, with one optimizer step each.
 
     An update whose loss or gradient is not finite is skipped and counted. Returns metrics of the
-    whole pass: loss and gradient norm are means over the updates that were made, each weighted by
-    what its loss is divided by, and the others are means over all tokens.
+    updates that were made: means of the loss and the gradient's norm, weighted by what the loss is
+    divided by, means over all tokens of the KL, the clipped and the entropy, and `logprob_drift`.
     """
-    sums = dict.fromkeys(("kl", "clip_fraction", "entropy", "tokens"), 0.0)
-    made, weights, drifts = [], [], []
+    updates = []
     for minibatch in minibatches(rollout, config.minibatches):
-        batch_sums, drift = accumulate(policies, minibatch, config)
-        norm = apply_gradients(policies, batch_sums["loss"], config.max_grad_norm)
-        if norm is not None:
-            made.append((batch_sums["loss"], norm))
-            weights.append(batch_sums["normalizer"])
-            for name in sums:
-                sums[name] += batch_sums[name]
-        drifts.append(drift)
-    loss, norm = np.average(made, axis=0, weights=weights).tolist() if made else (None, None)
-    tokens = max(sums.pop("tokens"), 1)
-    means = {name: value / tokens if made else None for name, value in sums.items()}
+        sums = accumulate(policies, minibatch, config)
+        norm = apply_gradients(policies, sums["loss"], config.max_grad_norm)
+        updates.append(sums | {"grad_norm": norm})
+    made = [sums for sums in updates if sums["grad_norm"] is not None]
+    metrics = dict.fromkeys(("loss", "grad_norm", "kl", "clip_fraction", "entropy"))
+    if made:
+        columns = {name: [sums[name] for sums in made] for name in made[0]}
+        for name in ("loss", "grad_norm"):
+            metrics[name] = float(np.average(columns[name], weights=columns["normalizer"]))
+        for name in ("kl", "clip_fraction", "entropy"):
+            metrics[name] = sum(columns[name]) / max(sum(columns["tokens"]), 1)
     if policies.reference is None:
-        means["kl"] = None
+        metrics["kl"] = None
     # In the first minibatch nothing has been updated yet: sampler and trainer must agree.
-    means["logprob_drift"] = drifts[0]
-    return {"loss": loss, "grad_norm": norm, "skipped": config.minibatches - len(made), **means}
+    metrics["logprob_drift"] = updates[0]["drift"]
+    return metrics | {"skipped": len(updates) - len(made)}
 
 
 def apply_gradients(policies: Policies, loss: float, max_norm: float) -> float | None:
-    """Update the weights; return the gradient's norm before clipping.
+    """Update the weights, with a gradient scaled down to `max_norm`; return its norm before that.
 
     If the loss or the norm is not finite the update is skipped, and the result is None.
     """
-    norm = clip_grad_norm_(policies.model.parameters(), max_norm)
-    norm = float(full_tensor(norm))
+    norm = float(full_tensor(clip_grad_norm_(policies.model.parameters(), max_norm)))
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         policies.optimizer.step()
-    policies.optimizer.zero_grad(set_to_none=True)
+    policies.optimizer.zero_grad()
     return norm if finite else None
 
 
-def accumulate(
-    policies: Policies, minibatch: list[Group], config: GRPOConfig
-) -> tuple[dict[str, float], float]:
+def accumulate(policies: Policies, minibatch: list[Group], config: GRPOConfig) -> dict[str, float]:
     """Add up the gradients of one update's loss, a micro-batch at a time.
 
-    Returns the loss and sums over the tokens of all processes, and the largest difference between
-    the sampler's log-probabilities and the trainer's.
+    Returns, of all processes, the loss, sums over the tokens, the normalizer, and the largest
+    difference ("drift") between the sampler's log-probabilities and the trainer's.
     """
     lengths = [len(completion.tokens) for group in minibatch for completion in group.completions]
     counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
@@ -511,25 +477,25 @@ def accumulate(
         sums["entropy"] += float(entropies.sum())
         if metrics["tokens"]:
             drift = max(drift, float((logprobs.detach() - old_logprobs).abs().max()))
-    return summed(sums) | {"normalizer": normalizer}, maximum(drift)
+    return summed(sums) | {"normalizer": normalizer, "drift": maximum(drift)}
 
 
 def minibatches(rollout: list[Group], number: int) -> Iterator[list[Group]]:
-    """Deal the groups of all processes out to `number` minibatches, in turn."""
+    """Deal the groups of all processes out, in turn; yield this process's part of each deal."""
     first = rank() * len(rollout)  # the place of this process's first group in the step
     for i in range(number):
         yield [group for place, group in enumerate(rollout, first) if place % number == i]
 
 
-def micro_batches(rollout: list[Group], budget: int) -> Iterator[list[Group]]:
-    """Cut a rollout into pieces of at most `budget` tokens, but at least one completion.
+def micro_batches(groups: list[Group], budget: int) -> Iterator[list[Group]]:
+    """Cut a minibatch into pieces of at most `budget` tokens, but at least one completion.
 
     A group may be cut. Its prompt counts once in a piece, because it goes through the network once
     for all of its completions there.
     """
     piece: list[Group] = []
     size = 0
-    for group in rollout:
+    for group in groups:
         part = None  # of this group, in the present piece
         for completion, advantage in zip(group.completions, group.advantages):
             needed = len(completion.tokens) if part else len(group.prompt + completion.tokens)
@@ -583,10 +549,10 @@ def train(run: Run, resume: bool = False) -> None:
 def run_steps(
     run: Run, policies: Policies, state: dict, checkpoint: Path | None, take_step: Callable
 ) -> tuple[Path | None, bool]:
-    """Take the steps from a checkpoint on; return the newest one, and whether it was stopped."""
+    """Take the steps after a checkpoint; return the last one saved, and whether the run stopped."""
     config, finished = run.config, step_of(checkpoint)
-    bar = dict(desc=run.out.name, total=config.steps, initial=finished, disable=rank() > 0)
-    bar = tqdm(range(finished, config.steps), unit="step", **bar)
+    look = dict(desc=run.out.name, total=config.steps, initial=finished, disable=rank() > 0)
+    bar = tqdm(range(finished, config.steps), unit="step", **look)
     skips = 0  # steps in a row in which an update was skipped
     with Interrupt() as interrupt, open_log(run.out, finished) as log:
         for step in bar:
@@ -605,13 +571,95 @@ def run_steps(
             show(bar, line)  # after saving: the terminal may be gone
             if stopping:
                 return checkpoint, True
-    if step_of(checkpoint) < finished:  # the last update was skipped
+    if step_of(checkpoint) < finished:  # an update of the last step was skipped
         checkpoint = save_checkpoint(run, policies, finished, state)
     return checkpoint, False
 
 
+# ----------------------------------------------------------------------------------- the warm-up
+#
+# A model that never gets the form right earns nothing: all its groups are flat, so that GRPO has
+# nothing to learn from. It can be shown correct responses first, as other recipes begin, too [O].
+
+TRACES = 8  # how many one update of the warm-up imitates
+
+
+def warm_up(
+    run: Run, problems: list[Problem], tokenizer: Tokenizer, instructions: str, resume: bool
+) -> Path:
+    """Teach the policy by imitation; return the folder of the model that GRPO begins from.
+
+    This is a small run of its own in OUT/warm-up, with checkpoints, so that it can be gone on with.
+    It imitates the traces of --data, or those of generated stories that GRPO does not ask about.
+    ValueError: there are few, or one is too long or no well-formed response with the right letter.
+    """
+    config = replace(run.config, steps=run.config.warm_up, beta=0.0, keep=1)  # no reference yet
+    run = replace(run, config=config, out=run.out / "warm-up")
+    traced = [problem for problem in problems if problem.trace]
+    if not traced:
+        stories = generate_stories(GENERATED + config.steps * TRACES, config.seed)[GENERATED:]
+        traced = [replace(story.problem, trace=story.trace) for story in stories]
+    if len(traced) < TRACES:
+        raise ValueError(f"--warm-up: {len(traced)} rows of --data have a trace; {TRACES} or more")
+    state = {"identity": identify(run, traced, {}), "moment": tokenizer.moment}
+    checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
+    wait_for_all()  # as in prepare
+    if checkpoint:
+        state = read_json(checkpoint / "state.json")
+        tokenizer.moment = state["moment"]
+    examples = []
+    for problem in traced:
+        prompt = tokenizer.chat(build_messages(problem, instructions))
+        ids = tokenizer.completion_ids(prompt, problem.trace)
+        response = parse_response(problem.trace, problem)
+        correct = response.well_formed and response.answer == problem.answer
+        if not correct or len(ids) > config.max_new_tokens:
+            expected = f"expected a correct response of at most {config.max_new_tokens} tokens"
+            raise ValueError(f"problem {problem.id!r} has a trace of {len(ids)}: {expected}")
+        examples.append(Group(prompt, [Completion(ids, [], True)], [0.0]))
+    if step_of(checkpoint) == config.steps:
+        return checkpoint
+
+    policies = load_policies(run, checkpoint)
+    run.out.mkdir(exist_ok=True)
+
+    def take_step(step: int) -> dict:
+        batch = problems_of_step(examples, step, TRACES, config.seed)
+        return imitate(policies, batch[rank() :: world_size()], step, config)
+
+    checkpoint, stopped = run_steps(run, policies, state, checkpoint, take_step)
+    if stopped:
+        tell_how_to_go_on(run.out.parent, checkpoint, config.steps)
+        raise KeyboardInterrupt
+    remove_older(run, checkpoint)
+    return checkpoint
+
+
+def imitate(policies: Policies, examples: list[Group], step: int, config: GRPOConfig) -> dict:
+    """Make one update that raises the log-probabilities of correct responses; return its log line.
+
+    loss = - mean over all tokens of logp, the cross-entropy
+    """
+    count = sum(len(example.completions[0].tokens) for example in examples)
+    tokens, total = summed({"tokens": count})["tokens"], 0.0
+    for batch in equally_many(micro_batches(examples, config.token_budget)):
+        prompts = [example.prompt for example in batch]
+        ids = [[example.completions[0].tokens] for example in batch]
+        logprobs, _ = completion_logprobs(policies.model, prompts, ids)  # (b, T), 0 at padding
+        loss = -logprobs.sum() / tokens
+        loss.backward()
+        total += float(loss.detach())
+    lr = set_rate(policies, config.warm_up_lr, step, config.warmup_steps)
+    loss = summed({"loss": total})["loss"]
+    norm = apply_gradients(policies, loss, config.max_grad_norm)
+    return {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(norm is None)}
+
+
+# -------------------------------------------------------------------------------- around the loop
+
+
 def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
-    """Load everything. Also return a state and the checkpoint to go on from.
+    """Load everything, and make the warm-up. Also return a state and the checkpoint to go on from.
 
     The state goes into all checkpoints: what identifies the run, and when it began, because some
     chat templates write the date.
@@ -633,7 +681,7 @@ def prepare(run: Run, resume: bool) -> tuple[Training, dict, Path | None]:
         content_model = load_content_model(run.content, run.device, getattr(torch, run.dtype))
         for problem in problems:  # a story that is too long says so now, not in mid-run
             content_model.encode(problem.story, problem.question, [])
-    wait_for_all()  # they have looked for checkpoints before the first one writes
+    wait_for_all()  # all have looked for checkpoints before one process writes
     run.out.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
         write_text(run.out / "instructions.txt", instructions)
@@ -650,8 +698,8 @@ GENERATED = 4000  # stories to train on, however many steps are made
 def load_problems(run: Run) -> tuple[list[Problem], dict[str, list[Problem]]]:
     """Return the training problems, and held-out sets by name.
 
-    Held out are problems of --eval-data, or else whole stories of --data (a tenth of them), or else
-    generated stories.
+    Held out are problems of --eval-data, or else of a tenth of the stories of --data, which are not
+    trained on, or else of generated stories; --eval-problems at most.
     """
     config = run.config
     if not run.data:
@@ -731,83 +779,6 @@ def evaluate_held_out(training: Training, run: Run, when: str) -> dict[str, dict
     return line
 
 
-# A model that never gets the form right earns nothing: all its groups are flat, so that GRPO has
-# nothing to learn from. It can be shown correct responses first, as other recipes begin, too [O].
-
-TRACES = 8  # in one update of the warm-up
-
-
-def warm_up(
-    run: Run, problems: list[Problem], tokenizer: Tokenizer, instructions: str, resume: bool
-) -> Path:
-    """Teach the policy by imitation; return the folder of the model that GRPO begins from.
-
-    This is a small run of its own in OUT/warm-up, with checkpoints, so that it can be gone on with.
-    It imitates the traces of --data, or those of generated stories that GRPO does not ask about.
-    ValueError: there are few, or one is too long or no well-formed response with the right letter.
-    """
-    config = replace(run.config, steps=run.config.warm_up, beta=0.0, keep=1)  # no reference yet
-    run = replace(run, config=config, out=run.out / "warm-up")
-    traced = [problem for problem in problems if problem.trace]
-    if not traced:
-        stories = generate_stories(GENERATED + config.steps * TRACES, config.seed)[GENERATED:]
-        traced = [replace(story.problem, trace=story.trace) for story in stories]
-    if len(traced) < TRACES:
-        raise ValueError(f"--warm-up: {len(traced)} rows of --data have a trace; {TRACES} or more")
-    state = {"identity": identify(run, traced, {}), "moment": tokenizer.moment}
-    checkpoint = find_checkpoint(run, resume and run.out.is_dir(), state["identity"])
-    wait_for_all()  # as in prepare
-    if checkpoint:
-        state = read_json(checkpoint / "state.json")
-        tokenizer.moment = state["moment"]
-    examples = []
-    for problem in traced:
-        prompt = tokenizer.chat(build_messages(problem, instructions))
-        ids = tokenizer.completion_ids(prompt, problem.trace)
-        response = parse_response(problem.trace, problem)
-        correct = response.well_formed and response.answer == problem.answer
-        if not correct or len(ids) > config.max_new_tokens:
-            expected = f"expected a correct response of at most {config.max_new_tokens} tokens"
-            raise ValueError(f"problem {problem.id!r} has a trace of {len(ids)}: {expected}")
-        examples.append(Group(prompt, [Completion(ids, [], True)], [0.0]))
-    if step_of(checkpoint) == config.steps:
-        return checkpoint
-
-    policies = load_policies(run, checkpoint)
-    run.out.mkdir(exist_ok=True)
-
-    def take_step(step: int) -> dict:
-        batch = problems_of_step(examples, step, TRACES, config.seed)
-        return imitate(policies, batch[rank() :: world_size()], step, config)
-
-    checkpoint, stopped = run_steps(run, policies, state, checkpoint, take_step)
-    if stopped:
-        tell_how_to_go_on(run.out.parent, checkpoint, config.steps)
-        raise KeyboardInterrupt
-    remove_older(run, checkpoint)
-    return checkpoint
-
-
-def imitate(policies: Policies, examples: list[Group], step: int, config: GRPOConfig) -> dict:
-    """Make one update that raises the log-probabilities of correct responses; return its log line.
-
-    loss = - mean over all tokens of logp
-    """
-    sums = summed({"tokens": sum(len(example.completions[0].tokens) for example in examples)})
-    sums["loss"] = 0.0
-    for batch in equally_many(micro_batches(examples, config.token_budget)):
-        prompts = [example.prompt for example in batch]
-        ids = [[example.completions[0].tokens] for example in batch]
-        logprobs, _ = completion_logprobs(policies.model, prompts, ids)  # (b, T), 0 at padding
-        loss = -logprobs.sum() / sums["tokens"]
-        loss.backward()
-        sums["loss"] += float(loss.detach())
-    lr = set_rate(policies, config.warm_up_lr, step, config.warmup_steps)
-    loss = summed(sums)["loss"]
-    norm = apply_gradients(policies, loss, config.max_grad_norm)
-    return {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "skipped": int(norm is None)}
-
-
 class Interrupt:
     """Turns Ctrl-C, SIGTERM or SIGHUP into a request to stop after the current step.
 
@@ -848,6 +819,42 @@ def show(bar: tqdm, line: dict) -> None:
     """Put the numbers to watch beside the progress bar."""
     names = "reward fmt out struct content entropy length".split() if "reward" in line else ["loss"]
     bar.set_postfix({name: f"{line[name]:.2f}" for name in names if line.get(name) is not None})
+
+
+def log_line(step: int, groups: list, responses: list, rewards: list, flat: Tensor) -> dict:
+    """Collect means over all completions, in all processes, for a step's line in metrics.jsonl.
+
+    What is not known, such as R_content without a content model, is None. "fault, ..." is the share
+    that is not well-formed for this reason. `flat` (P,) says which groups are flat.
+    """
+    completions = list(itertools.chain(*groups))
+    parts = [reward.parts | {"reward": reward.total} for reward in itertools.chain(*rewards)]
+    known = [term for term, value in parts[0].items() if value is not None]
+    sums = {term: sum(part[term] for part in parts) for term in known}
+    sums["length"] = sum(len(completion.tokens) for completion in completions)
+    sums["finished"] = sum(completion.finished for completion in completions)
+    faults = Counter(r.cause(c.finished) for c, r in zip(completions, itertools.chain(*responses)))
+    sums |= {f"fault, {name}": faults[name] for name in CAUSES}
+    counts = summed({"flat": int(flat.sum()), "groups": len(groups), "all": len(completions)})
+    line = {"step": step, **dict.fromkeys(parts[0])}  # a term that is not known stays None
+    line |= {name: value / counts["all"] for name, value in summed(sums).items()}
+    return line | {"flat_groups": counts["flat"] / counts["groups"], "completions": counts["all"]}
+
+
+def tell_first_rollout(line: dict, response: str, config: GRPOConfig) -> None:
+    """Tell how the first rollout went; where there is little to learn from, say what helps."""
+    faults = {name: line[f"fault, {name}"] for name in CAUSES}
+    told = [f"{share:.0%} {name}" for name, share in faults.items() if share]
+    told = [f"first rollout: {line['fmt']:.0%} well-formed", *told]
+    tqdm.write(f"{', '.join(told)}; {line['flat_groups']:.0%} of the groups without spread")
+    said = " ".join(response.split())
+    tqdm.write(f"a response: {said[:200]} ... {said[200:][-100:]}")
+    if line["fmt"] < 0.2:
+        tqdm.write("WARNING: what is not well-formed earns 0: see --warm-up and --instructions")
+    if faults["cut off"] > 0.2:
+        tqdm.write(f"WARNING: raise --max-new-tokens, which is {config.max_new_tokens}")
+    if line["flat_groups"] == 1:
+        tqdm.write("WARNING: no spread, nothing to learn: --warm-up, other --data or --group-size")
 
 
 def open_log(out: Path, first: int) -> TextIO:
@@ -989,8 +996,8 @@ class Run(Settings):
 # ----------------------------------------------------------------------------------- checkpoints
 #
 # OUT/checkpoint-000050 is an ordinary model folder, with optimizer.safetensors and state.json
-# beside the weights. It appears complete or not at all (model.new_folder), so whatever stands
-# under such a name can be gone on from. Tensors are whole: the number of processes may change.
+# beside the weights. It appears complete or not at all (model.new_folder); what a disk or a copy
+# has torn since is passed over. Tensors are whole: the number of processes may change.
 
 RESUMABLE = ("keep", "save_every", "eval_every", "max_skips")  # they do not change the result
 
@@ -1120,8 +1127,8 @@ def load_optimizer(path: Path, policies: Policies) -> None:
 #
 # Under torchrun there is one process for each GPU, and each answers its part of the prompts. FSDP2
 # cuts every weight, its gradient and its AdamW states into one shard per process, and gathers a
-# block's weights while it computes. It also computes in bfloat16 over float32 weights, and keeps
-# all of that in the host's memory where a card is small, so it serves a single GPU too. Sampling
+# block's weights while it computes. It also computes in bfloat16 over float32 weights, and can keep
+# all of that in the host's memory, so it serves a single process, too. Sampling
 # and evaluation talk to no other process: they use a full copy of the weights while they run.
 
 
@@ -1407,7 +1414,7 @@ def main() -> None:
         train(run, args.resume)
     except Diverged as error:
         remedy = f"begin a new run with --model {last_sound(run)}, another --out, a lower learning"
-        remedy += " rate, no --warm-up if that is done, and all other settings as printed above"
+        remedy += " rate, no --warm-up from a checkpoint, and all other settings as printed above"
         raise Diverged(f"{error}; {remedy}") from None
     if world_size() > 1:
         wait_for_all()  # the first process is still writing

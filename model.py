@@ -1,33 +1,32 @@
 """A decoder-only transformer, Qwen3 or Llama, and its sampler: token ids go in, token ids come out.
 
-This page knows nothing of stories or rewards. It runs from the network to what reinforcement
-learning asks of it:
-
-    the transformer      RMSNorm, rotary positions, grouped-query attention, SwiGLU
-    how tokens attend    Packed: whole prompts and completions in one row
-    sampling             `generate`, the loop inside it, and its KVCache; then what makes it faster
-    log-probabilities    of given completions, with gradients: what the loss is made of
-    files                checkpoints, the tokenizer and its chat template
+    the transformer        RMSNorm, rotary positions, grouped-query attention, SwiGLU
+    how tokens attend      Packed: whole prompts and completions in one row
+    sampling               `generate`, the loop inside it, and its KVCache
+    the same, but faster   CUDA graphs, and weights in the order that suits a CPU
+    log-probabilities      of given completions, with gradients: what the loss is made of
+    files                  configs and weights
+    tokenizer and chat     text to ids and back, by the checkpoint's own template
 
 Three decisions shape all of it.
 
 *A prompt is computed once.* GRPO samples a group of completions for each prompt and compares them.
-The prompt's keys and values are the same for the whole group, so they are computed once and kept
-once, while sampling (KVCache) and in training (Packed), where gradients flow back into the prompt
-from all of its completions.
+The prompt's keys and values are the same for the whole group. So they are computed once, while
+sampling (KVCache) and for the completions of a micro-batch in training (Packed), where gradients
+flow back into the prompt from all of them.
 
 *The sampler's log-probabilities are those of the policy.* They are the log-softmax of the raw
-logits, taken before temperature or top-p change anything (training samples without them), and the
-sampler runs the same modules as the trainer. The two numbers for one token differ by rounding only:
-grpo.py logs the largest difference as `logprob_drift`. So the old policy's log-probabilities can be
-taken from the rollout and need no second pass.
+logits, taken before temperature or top-p change anything (training uses neither), and the sampler
+runs the same modules as the trainer. Its number for a token and the trainer's differ by rounding
+only: grpo.py logs the largest difference as `logprob_drift`. So the old policy's log-probabilities
+can be taken from the rollout and need no second pass.
 
-*Logits never exist all at once.* With a vocabulary of 151,936 the logits of twenty completions of
-1024 tokens take 12 GB, and their gradient as much again. The loss needs one number of each row, so
-logits are made for a few rows at a time, forward and backward (ChunkedLogProbs).
+*The loss never holds all logits at once.* With a vocabulary of 151,936 the logits of twenty
+completions of 1024 tokens take 12 GB, and their gradient as much again. The loss needs one number
+for each token, so logits are made for a few tokens at a time, forward and backward
+(ChunkedLogProbs).
 
-The modules have the names that the checkpoints use, so loading compares names and shapes and does
-nothing else.
+The modules have the names that the checkpoints use, so loading needs no table of names.
 """
 
 import hashlib
@@ -63,7 +62,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass needs to know from a checkpoint's config.json, in the file's names."""
+    """What is taken from a checkpoint's config.json; all but the last three in the file's names."""
 
     vocab_size: int  # V
     hidden_size: int  # d, the width of the residual stream
@@ -78,17 +77,17 @@ class ModelConfig:
     tie_word_embeddings: bool  # the head reads the embedding's weight
     rope_scaling: dict | None  # the settings of Llama 3.1 and later, or None
     qk_norm: bool  # Qwen3 normalises each head of the queries and keys
-    scalar: bool  # one score in place of the vocabulary: the content model of rewards.py
+    scalar: bool  # one score in place of the vocabulary, as reward models have
     raw: dict  # the whole file, which is written back on saving
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Return the angle per position of each pair of dimensions; (head_dim / 2,) in float32."""
+    """Return each pair's angle per position; (head_dim / 2,) in float32."""
     exponents = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     frequencies = 1 / config.rope_theta**exponents
     if config.rope_scaling:
-        # Llama 3.1 stretches its context: waves that do not fit into the original context several
-        # times are slowed down by `factor`, short waves stay, and those between are blended.
+        # Llama 3.1 stretches its context: waves that fit into the original one fewer than `low`
+        # times are slowed down by `factor`, from `high` times on they stay; between is a blend.
         scaling = config.rope_scaling
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -102,8 +101,8 @@ def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 
     positions (B, T) -> cos, sin (B, 1, T, head_dim) in float32
 
-    Both stand there twice, once for each member of a pair, and the sine has the sign that the
-    member needs. So `rotate` need not cut its input into halves.
+    Both are repeated for the second member of each pair, and the sine is negated for the first, so
+    that `rotate` need not cut its input.
     """
     angles = positions[:, None, :, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
@@ -119,7 +118,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + partners * sin).to(x.dtype)
 
 
-Ids = Sequence[int]  # of tokens
 # What an attention layer calls with its queries, keys and values; see "how tokens attend" below.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -140,10 +138,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        heads = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, D)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)  # (B, heads, T, D)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)  # (B, kv_heads, T, D)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        split = (*x.shape[:2], -1, self.head_dim)  # (B, T, heads, D)
+        q = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)  # (B, heads, T, D)
+        k = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)  # (B, kv_heads, T, D)
+        v = self.v_proj(x).view(split).transpose(1, 2)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, heads, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -189,7 +187,8 @@ class Transformer(nn.Module):
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        # A plain attribute and no buffer, so that it stays in float32 when the weights are cast.
+        # A plain attribute and no buffer, so that it stays in float32 when the weights are cast,
+        # and is there while they are on "meta".
         self.frequencies = rotary_frequencies(config)
         # Activation checkpointing: keep what enters a block, and compute the block again in the
         # backward pass.
@@ -209,9 +208,9 @@ class Transformer(nn.Module):
         return self.computes_on or self.embed_tokens.weight.device
 
     def hidden(self, tokens: Tensor, layout: "Packed | KVCache") -> Tensor:
-        """Return the last hidden states of tokens; (B, T) -> (B, T, d).
+        """Return what the last norm puts out; (B, T) -> (B, T, d).
 
-        `layout` knows their positions, and every layer calls its `attend`.
+        `layout` has the tokens' positions, and the `attend` of every layer.
         """
         self.frequencies = self.frequencies.to(tokens.device)
         cos, sin = rotary_tables(layout.positions, self.frequencies)
@@ -231,9 +230,9 @@ class Transformer(nn.Module):
         return logits.view(*tokens.shape, -1)
 
     def logprobs(self, packed: "Packed", places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities of targets, each predicted at its place in a row, and entropies.
+        """Return the log-probability of each target, predicted at its place in the row; entropies.
 
-        places (n,), targets (n,) -> (n,), (n,)
+        places (n,), targets (n,) -> (n,), (n,). (A method, as FSDP gathers weights around methods.)
         """
         hidden = self.hidden(packed.tokens, packed)[0, places]  # (n, d)
         return ChunkedLogProbs.apply(hidden, self.lm_head.weight, targets)
@@ -242,14 +241,17 @@ class Transformer(nn.Module):
 # ------------------------------------------------------------------------------ how tokens attend
 
 
+Ids = Sequence[int]  # of tokens
+
+
 class Packed:
     """Whole prompts and completions in one row, without padding.
 
         row        p  p  p | a  a | b  b  b | q  q | c  c    a and b complete p, c completes q
         position   0  1  2   3  4   3  4  5   0  1   2  3    what each would have alone
 
-    A token attends to its prompt and to what precedes it in its own completion (x). Of each prompt
-    and completion only the last token's line is shown:
+    A token attends to its prompt and to its own completion, up to itself (x). Of each prompt and
+    completion only the last token's line is shown:
 
                p  p  p  a  a  b  b  b  q  q  c  c
           p    x  x  x
@@ -259,7 +261,7 @@ class Packed:
           c                            x  x  x  x
 
     `prompts[i]` and `completions[i][g]` are their places in the row, as ranges. `kept` is None, or
-    else a dict to which each layer adds the keys and values of the row, for a KVCache.
+    else a dict to which each layer adds the keys and values of the row; `prefill` asks for it.
     """
 
     def __init__(self, prompts: list[Ids], completions: list[list[Ids]], device: torch.device):
@@ -270,14 +272,14 @@ class Packed:
         # are those of its prompt, if it has one, and then its own.
         self.lengths: list[int] = []
         self.key_lengths: list[int] = []
-        tokens, positions, keys_of = [], [], []
+        tokens, positions, key_places = [], [], []
 
         def append(ids: Ids, prompt: range) -> range:
             places = range(len(tokens), len(tokens) + len(ids))
             if len(ids):
                 self.lengths.append(len(ids))
                 self.key_lengths.append(len(prompt) + len(ids))
-                keys_of.extend([*prompt, *places])
+                key_places.extend([*prompt, *places])
             tokens.extend(ids)
             positions.extend(range(len(prompt), len(prompt) + len(ids)))
             return places
@@ -289,7 +291,7 @@ class Packed:
         self.tokens = torch.tensor([tokens], dtype=torch.long, device=device)  # (1, N)
         self.positions = torch.tensor([positions], dtype=torch.long, device=device)  # (1, N)
         # The places of all segments' keys in the row, one segment after the other.
-        self.keys_of = torch.tensor(keys_of, dtype=torch.long, device=device)
+        self.key_places = torch.tensor(key_places, dtype=torch.long, device=device)
         # Where each segment begins in the row, and where its keys begin among all keys.
         starts = [[0, *itertools.accumulate(n)] for n in (self.lengths, self.key_lengths)]
         self.starts = torch.tensor(starts, dtype=torch.int32, device=device)
@@ -298,7 +300,7 @@ class Packed:
         """q (1, heads, N, D), k and v (1, kv_heads, N, D) -> (1, heads, N, D)."""
         if self.kept is not None:
             self.kept[layer] = torch.cat((k, v)).permute(2, 0, 1, 3)  # (N, 2, kv_heads, D)
-        k, v = k.index_select(2, self.keys_of), v.index_select(2, self.keys_of)
+        k, v = k.index_select(2, self.key_places), v.index_select(2, self.key_places)
         if has_one_kernel(q):
             return self.attend_at_once(q, k, v)
         keys_and_values = (x.split(self.key_lengths, dim=2) for x in (k, v))
@@ -315,14 +317,14 @@ class Packed:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, D)
         starts, key_starts = self.starts
         longest, most_keys = max(self.lengths), max(self.key_lengths)
-        # Every query sees what lies to its left, and nothing to its right.
+        # To the left of a query everything is seen, to its right nothing; the last ones align.
         causal = dict(window_size=(-1, 0), enable_gqa=True)
         out = varlen_attn(q, k, v, starts, key_starts, longest, most_keys, **causal)
         return out.transpose(0, 1)[None]
 
 
 def has_one_kernel(x: Tensor) -> bool:
-    """Say whether FlashAttention serves this tensor: it takes no float32 and no CPU."""
+    """Say whether FlashAttention is used: on a GPU, in bfloat16, for heads of 8, 16, 24, ..."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0
 
 
@@ -430,7 +432,7 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
 
         # 3. Feed the new tokens, and only these: the past is in the cache. On a CPU rows that have
         # stopped leave at once. A CUDA graph needs a batch of fixed size, so on a GPU they stay
-        # until the next one is recorded, and what they write is not read.
+        # until the next one is recorded, and what they write is cut off.
         cache.begin_step(t)
         if t % period == 0:
             rows, chosen = rows[going_on], chosen[going_on]
@@ -808,12 +810,12 @@ def reordering_works() -> bool:
 def completion_logprobs(
     model: Transformer, prompts: list[Ids], completions: list[list[Ids]]
 ) -> tuple[Tensor, Tensor]:
-    """Compute the log-probabilities of given completions: of each prompt a list of token lists.
+    """Compute the log-probabilities of given completions; completions[i] are those of prompt i.
 
     -> logprobs (B, T), mask (B, T); B completions, the first prompt's first, T the longest length
 
     They are differentiable, and 0 where the mask is False. ValueError: an empty prompt, another
-    number of prompts than of lists, an id outside the vocabulary.
+    number of prompts than of lists, an id outside the vocabulary, more ids than the context has.
     """
     return logprobs_and_entropy(model, prompts, completions)[:2]
 
@@ -821,7 +823,7 @@ def completion_logprobs(
 def logprobs_and_entropy(
     model: Transformer, prompts: list[Ids], completions: list[list[Ids]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what completion_logprobs does, and the entropy before each token, in nats.
+    """Compute what completion_logprobs does, and the entropy of each prediction, in nats.
 
     -> logprobs (B, T), mask (B, T), entropies (B, T), the last without gradient
     """
@@ -834,7 +836,7 @@ def logprobs_and_entropy(
     targets, mask = pad(rows, model.device)  # (B, T)
     if not prompts:
         return torch.zeros(0, 0), mask, torch.zeros(0, 0)
-    # No token follows a completion's last one, so that one need not go through the network.
+    # A completion's last token predicts nothing, so it need not go through the network.
     inputs = [[ids[:-1] for ids in group] for group in completions]
     packed = Packed(prompts, inputs, model.device)
     # A first token is predicted at the end of its prompt, every other one at the token before it.
@@ -853,13 +855,10 @@ def pad(rows: list[Sequence], device: torch.device, dtype=torch.long) -> tuple[T
 
     -> values (B, T), mask (B, T)
     """
-    width = max(map(len, rows), default=0)
-    values = torch.zeros(len(rows), width, dtype=dtype)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        values[i, : len(row)] = torch.tensor(row, dtype=dtype)
-        mask[i, : len(row)] = True
-    return values.to(device), mask.to(device)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    values = torch.tensor([*itertools.chain(*rows)], dtype=dtype)
+    return unpack(values, mask).to(device), mask.to(device)
 
 
 def unpack(values: Tensor, mask: Tensor) -> Tensor:
@@ -872,7 +871,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     """Compute log softmax(hidden @ weight.T) at the targets, and entropies, a few rows at a time.
 
     Forward, each chunk of logits is reduced to two numbers a row and forgotten. Backward, it is
-    made again. The gradient of a target's log-probability by its row of logits is
+    made again. The gradient of a target's log-probability with respect to its row of logits is
 
         one-hot(target) - softmax(logits)
     """
@@ -886,10 +885,8 @@ class ChunkedLogProbs(torch.autograd.Function):
         for states, ids in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logprobs = at_least_float32(states @ weight.T).log_softmax(dim=1)  # (rows, V)
             chosen.append(logprobs.gather(1, ids[:, None])[:, 0])
-            probs = logprobs.exp()
-            logprobs.clamp_(min=-1e4)  # -inf where the probability is 0, and 0 * -inf is NaN
-            entropies.append(-probs.mul_(logprobs).sum(dim=1))
-            del logprobs, probs  # before the next chunk is made
+            entropies.append(-logprobs.exp().mul_(logprobs).sum(dim=1))
+            del logprobs  # before the next chunk is made
         entropies = torch.cat(entropies)
         ctx.mark_non_differentiable(entropies)
         return torch.cat(chosen), entropies
@@ -927,7 +924,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- files
 
 
-# Values of config.json that this forward pass computes; what is not in the file counts as None.
+# Values of config.json that this forward pass computes. What is absent has the defaults below, or
+# counts as None.
 SUPPORTED = {
     "model_type": ("qwen3", "llama"),
     "hidden_act": ("silu", "swish"),
@@ -985,9 +983,9 @@ def parse_config(raw: dict) -> ModelConfig:
 
 
 def read_config(path: str | Path, scalar: bool | None = False) -> ModelConfig:
-    """Read a checkpoint's config: of a language model, or with `scalar` of one with a scalar head.
+    """Read a checkpoint's config: of a language model or, if `scalar`, of one with a scalar head.
 
-    None takes either. ValueError: the other kind, or no such folder.
+    With None it may be either. ValueError: the other kind, or no such folder.
     """
     if not Path(path).is_dir():
         raise ValueError(f"{path}: no such model folder; expected config.json and weights in it")
@@ -1009,10 +1007,9 @@ def load_model(path: str | Path, device="cpu", dtype=torch.float32, scalar=False
     config = read_config(path, scalar)
     with torch.device("meta"):
         model = Transformer(config)
-    parameters = dict(model.named_parameters())
     tensors = find_tensors(model, Path(path))
-    order = sorted(parameters, key=lambda name: -parameters[name].numel())
-    weights = {name: read_tensor(*tensors[name], device).to(dtype, copy=True) for name in order}
+    order = sorted(model.named_parameters(), key=lambda named: -named[1].numel())
+    weights = {name: read_tensor(*tensors[name], device).to(dtype, copy=True) for name, _ in order}
     model.load_state_dict(weights, strict=False, assign=True)  # strict would ask for a tied head
     model.tie()
     model.source = Path(path).resolve()
@@ -1036,13 +1033,13 @@ def find_tensors(model: Transformer, folder: Path) -> dict[str, tuple[Path, str]
             for key in weights.keys():
                 name = key.removeprefix("model.")
                 if name.endswith("rotary_emb.inv_freq"):
-                    continue  # older checkpoints store rotation tables
+                    continue  # older checkpoints store the frequencies
                 if name not in parameters or name in tensors:
                     raise ValueError(f"{file}: no place for {key!r}, or it is there twice")
                 header = weights.get_slice(key)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
                 if shape != parameters[name].shape or dtype not in ("F64", "F32", "F16", "BF16"):
-                    expected = f"F32, F16 or BF16 of {tuple(parameters[name].shape)}"
+                    expected = f"F64, F32, F16 or BF16 of {tuple(parameters[name].shape)}"
                     raise ValueError(f"{file}: {key!r} is {dtype} of {shape}, expected {expected}")
                 tensors[name] = (file, key)
     missing = [name for name, _ in model.named_parameters() if name not in tensors]
@@ -1052,7 +1049,7 @@ def find_tensors(model: Transformer, folder: Path) -> dict[str, tuple[Path, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint; a single one goes before an index, as in transformers."""
+    """Return the files of a checkpoint; a single one wins over an index, as in transformers."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists() or not index.exists():
         return [single]
@@ -1072,13 +1069,13 @@ def open_weights(file: Path, device: str = "cpu") -> safe_open:
 
 
 def read_tensor(file: Path, key: str, device: str) -> Tensor:
-    """Read one tensor; an open file would keep its pages in memory, so it is opened for each."""
+    """Read one tensor. An open file keeps its pages in memory, so it is opened anew for each."""
     with open_weights(file, device) as weights:
         return weights.get_tensor(key)
 
 
 def read_text(path: Path, kind: str, parse: Callable[[str], object]) -> object:
-    """Read a file and parse its text; ValueError says which file and why not."""
+    """Read a file and parse its text; ValueError says which file could not be read, and why."""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # also a number of thousands of digits
@@ -1086,7 +1083,7 @@ def read_text(path: Path, kind: str, parse: Callable[[str], object]) -> object:
 
 
 def read_json(path: Path) -> dict:
-    """Read one JSON object from a file; ValueError says which file and why not."""
+    """Read one JSON object from a file; ValueError says which file has none, and why."""
     value = read_text(path, "JSON", json.loads)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -1138,7 +1135,7 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"{path} exists already, and nothing is overwritten: choose another name")
 
 
-# What the tokenizer reads; and all that is copied from the folder that a model was loaded from.
+# What the tokenizer reads, besides config.json; and all that is copied from a model's folder.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 TOKENIZER_FILES += ("generation_config.json", "chat_template.jinja")
 CARRIED = (*TOKENIZER_FILES, "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
@@ -1164,7 +1161,7 @@ def write_model(model: Transformer, folder: Path, weights: dict[str, Tensor]) ->
 # --------------------------------------------------------------------------- tokenizer and chat
 
 
-# Models may have these without saying that a completion stops there.
+# They end a completion even where the checkpoint does not say so.
 ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
@@ -1172,8 +1169,8 @@ class Tokenizer:
     """A checkpoint's tokenizer, chat template and stop tokens.
 
     `moment`, in seconds since 1970, is when its chats take place, because some templates tell the
-    model the date. Who goes on with an interrupted run sets it to the moment when the run began, so
-    that midnight changes no prompt.
+    model the date. A resumed run sets it to the moment when it began, so that midnight changes no
+    prompt.
     """
 
     def __init__(self, path: str | Path):
@@ -1245,7 +1242,7 @@ class Tokenizer:
         return opened + self.decode(tokens, special=True)
 
     def completion_ids(self, prompt: Ids, text: str) -> list[int]:
-        """Return the tokens that `completion_text` reads as this text, and a stop token."""
+        """Return the tokens of a text, less a <think> that its prompt opened, and a stop token."""
         if self.opens_think(prompt):
             text = re.sub(r"(?i)^<think>\s*", "", text)
         eos = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
@@ -1259,7 +1256,7 @@ class Tokenizer:
         return self.encode(self.render(messages, thinking))
 
     def render(self, messages: list[dict[str, str]], thinking: bool = True) -> str:
-        """Return the chat as text by the checkpoint's own template, or a ValueError."""
+        """Return the chat as text. ValueError: there is no template, or it fails."""
         if not self.template:
             raise ValueError("the checkpoint has no chat template (chat_template.jinja)")
         chat = dict(messages=messages, add_generation_prompt=True, enable_thinking=thinking)
@@ -1278,7 +1275,7 @@ class Tokenizer:
         environment.filters["tojson"] = to_json
         environment.globals |= dict(tools=None, documents=None, strftime_now=self.strftime)
         environment.globals["raise_exception"] = raise_exception
-        # The same chat is the same prompt always: nothing random, no text of nonsense.
+        # At one `moment` the same chat is always the same prompt: nothing random.
         del environment.filters["random"], environment.globals["lipsum"]
         return environment.from_string(self.template)
 
@@ -1297,7 +1294,7 @@ def raise_exception(message: str) -> None:
 
 
 class GenerationTag(Extension):
-    """{% generation %} marks what trainers of other libraries learn; it renders as it is."""
+    """{% generation %} marks what other libraries train on; only its content is rendered."""
 
     tags = {"generation"}
 

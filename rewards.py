@@ -1,16 +1,17 @@
 """The reward of one response: what this project calls good reasoning, as a number.
 
-In reinforcement learning nobody shows a model the right response. The model writes a response of
-its own (a trajectory: the reasoning, then the answer), receives a number for it, and is changed so
-that responses with higher numbers become more likely. grpo.py does the changing; this file makes
-the number. The number is all that the model learns from, so it has to say everything that matters.
-Social-R1 (arXiv 2603.09249) makes it from five terms:
+In reinforcement learning nobody shows a model the right response. The model in training, the
+policy, writes a response of its own (a trajectory: the reasoning, then the answer), receives a
+number for it, and is changed so that responses with higher numbers become more likely. grpo.py does
+the changing; this file makes the number. It is all that the policy learns from, so it has to say
+everything that matters. The problems are short stories, with a question about somebody's mind and
+lettered options to choose from. Social-R1 (arXiv 2603.09249) makes the number from five terms:
 
     R = R_fmt * ( w_out * R_out + tau(t) * ( w_struct * R_struct + w_content * R_content ) ) * R_len
 
     R_fmt      can the response be read?             R_content  is each stage true of the story?
     R_out      is the answer right?                  R_len      is it neither empty nor padded?
-    R_struct   are the stages there, in order, without a look at the options?
+    R_struct   are the stages there, in order, with no option named early?
 
 Why the reasoning is rewarded, and not the answer alone. Four options make a guess right in one case
 of four. A shortcut ("people know whatever I, the reader, know") is right far more often, as long as
@@ -19,20 +20,21 @@ names two habits that grow from this. *Reasoning parasitism*: the model settles 
 and then writes a justification for it. *Interpretation bottleneck*: the model repeats what was said
 and done, but never works out what each person therefore believes, wants and feels. The letter does
 not show these habits; the reasoning that leads to it does. R_struct looks at the course of the
-reasoning, and R_content at what it says. Both rely on its four stages, which come from Social
-Information Processing (SIP), a model of how people read a social situation.
+reasoning, and R_content at what it says. Both rely on the reasoning's four stages, Cue Encoding,
+Cue Interpretation, Goal Clarification and Response Generation, which come from Social Information
+Processing (SIP), a theory of how people read a social situation.
 
 Why the outcome comes first. A letter can be compared with the truth. Good reasoning cannot: a rule
-and a small model stand in for a judge, and pleasing them is easier than reasoning well. Paid for
-the process from the start, a policy may learn to write four headings and fill them with anything.
+and a small model stand in for a judge, and pleasing them is easier than reasoning well. Paid in
+full for the process from the start, a policy may learn to fill four headings with anything.
 So the curriculum tau(t) starts low, while the policy learns to be right, and rises to 1, so that it
 learns to be right for a reason.
 
-Why some terms are factors and some are addends. A factor is a condition. If a response has no
-readable answer, goes on for too long or says the same again and again, then no merit can make up
-for that. An addend is a merit that counts without the others. A right letter after a muddle is
-worth something, and so is sound reasoning that ends at a wrong letter. Five responses at the end of
-a run, with the default weights 1, 0.5 and 0.5:
+Why some terms are factors and some are addends. A factor is a condition for everything else:
+without a readable answer all merits are worth nothing, and in a response that says everything twice
+they are worth half. An addend is a merit that counts without the others. A right letter after a
+muddle is worth something, and so is sound reasoning that ends at a wrong letter. Five responses at
+the end of a run, with the default weights 1, 0.5 and 0.5:
 
                                                    fmt   out   struct  content  len      R
     sound reasoning, right letter                   1     1      1       1       1      2.0
@@ -71,10 +73,10 @@ from model import parse_config, refuse_existing, save_model
 from socialr1 import STAGES, TINY, Parser, Problem, Response, Settings, even_out, exit_on_error
 from socialr1 import parse_response, read_rows, setting
 
-# The terms, each with what it counts as when it is off or not computed: a factor is then 1, an
-# addend 0. A new factor is a function below, an entry here, and its two lines in `total_reward`;
-# an addend also needs a weight. The switch (--without) and the log of a run take their names from
-# here; the log has all terms that were computed, whether they count or not.
+# The terms, each with its value when it is off or not computed: a factor is then 1, an addend 0. A
+# new factor is a function below, an entry here and its place in `total_reward`; an addend needs a
+# weight, too. The switch (--without) takes its names from here, and the log has all terms that were
+# computed, whether they count or not.
 TERMS = {"fmt": 1.0, "out": 0.0, "struct": 0.0, "content": 0.0, "len": 1.0}
 
 # ---------------------------------------------------------------------------------------- the terms
@@ -100,20 +102,20 @@ def outcome_reward(response: Response, problem: Problem) -> float:
 
 
 def structure_reward(response: Response, problem: Problem) -> float:
-    """Reward going through the stages without a look at the options: R_struct in [0, 1] [O].
+    """Reward going through the stages before naming an option: R_struct in [0, 1] [O].
 
         R_struct = coverage * order * independence          (0 when no stage is present)
 
         coverage      = stages present / 4
-        order         = most stages that stand in the right order / stages present
+        order         = largest set of stages in the right order / stages present
         independence  = sections that name no option / sections
 
-    The sections are the stages before the answer stage (Response Generation), wherever they stand,
-    and the text before the first heading. Independence is 1 when there is no such section.
+    The sections are the stages other than the last (Response Generation), wherever they stand, and
+    the text before the first heading. Independence is 1 when there is no such section.
 
     Against reasoning parasitism: a justification tends to name its option before there is a reason
-    to. It cannot catch stages that say nothing (four headings over filler earn 1), nor an option
-    that is meant but not named, as in "It is B" and "the second one".
+    to. It cannot catch stages that say nothing (four headings over filler earn 1), nor "It is B",
+    "option b", "the second one", or a short option in its own words.
     """
     coverage = len(response.stages) / len(STAGES)
     independence = 1 - mean(early_options(response, problem))
@@ -135,7 +137,7 @@ def order_fraction(response: Response) -> float:
 
 
 def early_options(response: Response, problem: Problem) -> list[bool]:
-    """Tell for each section before the answer stage whether it names an option."""
+    """Tell for each of R_struct's sections whether it names an option."""
     stages = [text for name, text in response.stages if name != STAGES[-1]]
     sections = [response.preamble, *stages]
     return [bool(option_mentions(section, problem)) for section in sections if section]
@@ -151,8 +153,8 @@ def content_reward(scores: list[float]) -> float:
     Against the interpretation bottleneck: a stage that reports what is real where somebody's
     belief was asked for, or the cues of the wrong person, gets a low score. It cannot catch what
     the content model was never taught. And a mean has a gap of its own: leaving out a stage that
-    would score below the others raises it. The coverage in R_struct takes as much back, as long as
-    order and independence are 1.
+    would score below the others raises it. Where all four were there, in order, the coverage in
+    R_struct takes as much back.
     """
     return mean([logistic(score) for score in scores])
 
@@ -160,7 +162,7 @@ def content_reward(scores: list[float]) -> float:
 def length_reward(
     response: Response, length: int, min_length=32, max_length=1024, sharpness=50.0
 ) -> float:
-    """Reward reasoning that is neither empty nor padded: R_len in [0, 1] [P].
+    """Reward a response that is neither too short nor padded: R_len in [0, 1] [P].
 
         R_len     = window(L) * distinct 4-grams / all 4-grams of the words of the reasoning   [O]
         window(L) = s(k (L - Lmin) / (Lmax - Lmin)) * (1 - s(k (L - Lmax) / (Lmax - Lmin)))    [P]
@@ -168,8 +170,8 @@ def length_reward(
     L is `length`, the sampled tokens with a closing stop token; k is `sharpness`. The window is
     soft: with the defaults .17 at 0 tokens, .5 at 32, .97 at 100, .5 at 1024 and .02 at 1100.
 
-    Against reasoning that is missing and reasoning that is padded. As a factor it makes going
-    round in circles worthless. It cannot catch padding that finds new words all the time.
+    Against reasoning that is missing and reasoning that goes round in circles. It cannot catch
+    padding that finds new words all the time and still ends within the window.
     """
     if min_length >= max_length:
         raise ValueError(f"min_length {min_length} must be below max_length {max_length}")
@@ -206,13 +208,13 @@ class RewardConfig(Settings):
     w_out: float = setting(1.0, "weight of R_out, the right letter [O]", low=0)
     w_struct: float = setting(0.5, "weight of R_struct, the four stages in order [O]", low=0)
     w_content: float = setting(0.5, "weight of R_content, grounding in the story [O]", low=0)
-    # The paper's run with R_out alone is --without struct,content,len.
+    # The paper's run with R_fmt * R_out alone is --without struct,content,len.
     without: str = setting("", f"terms to turn off, any of {','.join(TERMS)}")
     min_length: int = setting(32, "tokens; the length window is 0.5 here ... [O]", low=1)
-    max_length: int = setting(1024, "... and here; in grpo.py --max-new-tokens [O]", low=2)
+    max_length: int = setting(1024, "... and here; grpo.py: --max-new-tokens [O]", low=2)
     sharpness: float = setting(50.0, "steepness k of the length window [P]", above=0)
     tau_start: float = setting(0.2, "weight of the process terms at first [O]", low=0, high=1)
-    tau_from: float = setting(0.0, "fraction of the run for which tau stays so [O]", low=0, high=1)
+    tau_from: float = setting(0.0, "fraction of the run before tau rises [O]", low=0, high=1)
     tau_to: float = setting(0.6, "fraction of the run after which tau is 1 [O]", low=0, high=1)
 
     def __post_init__(self):
@@ -301,7 +303,7 @@ def option_mentions(text: str, problem: Problem) -> list[tuple[int, int]]:
     return [(seen[start], seen[end - 1] + 1) for start, end in spans]
 
 
-# Zero-width characters, soft hyphens and the like: nobody sees them, and no option hides in them.
+# Zero-width characters, soft hyphens and the like are dropped, lest they split an option's name.
 INVISIBLE = dict.fromkeys([0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x2060, 0x2065)])
 
 
@@ -322,7 +324,7 @@ def words(text: str) -> list[str]:
 # "option B", "The answer is: B", "选项B". Bounded repeats keep the search linear.
 OPTION_WORD = r"(?i:\b(?:option|choice|answer)s?\b|选项|答案)(?i: {0,3}(?:is\b|是))?"
 QUOTES = r"[ :*\"'“‘(\[「『《【]{0,4}"
-# "The only answer I can give" names no option: an I must stand before a mark, or end the line.
+# "The only answer I can give" names no option: an I counts before punctuation or a line's end.
 LETTER = rf"(?:([A-HJ-Z])(?![^\W{CJK}])|(I)(?= {{0,3}}(?:[^\w\s('’‘`´\[]|['’‘`´](?!\w)|$)))"
 IN_PARENTHESES = r"\(([A-Z])\)"
 AT_LINE_START = r"^ {0,8}(?:[-*•] {0,3})?([A-Z])[.)]"
@@ -340,9 +342,9 @@ def letter_mentions(text: str, problem: Problem) -> list[tuple[int, int]]:
 
 
 def quotations(text: str, problem: Problem) -> list[tuple[int, int]]:
-    """Find where a text quotes an option of four words or more that story and question do not say.
+    """Find where a text quotes an option of four or more words that story and question lack.
 
-    Shorter options do not count: stories say "in the box", and so must the reasoning.
+    Shorter options do not count: the reasoning must be free to say "in the box".
     """
     told = [words(plain(problem.story)), words(plain(problem.question))]
     said = words(text)
@@ -371,13 +373,13 @@ class ContentModel:
     """The model behind R_content: a transformer that scores the text of a stage [P].
 
     It reads the story and the question, then the text of one stage, and ends in one number where a
-    language model has logits: the higher, the better the text is grounded in the story. It does not
-    see the options, so it cannot judge a stage by the answer that the stage leads to.
+    language model has logits: the higher, the better the text is grounded in the story. It sees
+    neither the options nor which of them is right.
 
     It learns by comparing two texts of the same stage. So its scores have no zero of their own: 7
-    more for every text of a stage changes no comparison, but it changes s(score). Therefore the
-    score that separates true from false is looked up and subtracted: `centre` holds for each stage
-    the mean score of held-out texts, of which half are true and half are false [O].
+    more for every text of a stage changes no comparison, but it changes s(score). Therefore an
+    estimate of the score between true and false is subtracted: `centre` holds for each stage the
+    mean score of held-out texts, of which half are true and half are false, or 0 without any [O].
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
@@ -399,10 +401,10 @@ class ContentModel:
 
     @torch.inference_mode()
     def score(self, asked: list[Asked], token_budget: int = 32768) -> list[list[float]]:
-        """Score segments: (story, question, segments) -> a list of centred scores for each.
+        """Score triples (story, question, segments) -> the centred scores of each.
 
         A story goes through the network once for all of its segments. `token_budget` limits how
-        many tokens the network sees at a time.
+        many tokens the network sees at a time, but it sees one story's at least.
         """
         encoded = [self.encode(*entry) for entry in asked if entry[2]]
         parts = batches(encoded, lambda stories: tokens_in(stories) <= token_budget)
@@ -425,8 +427,8 @@ class ContentModel:
             raise ValueError(f"a story takes {len(prompt)} of the content model's {context} tokens")
         encoded = []
         for stage, text in segments:
-            # Of a megabyte only the start is read, and half a surrogate pair becomes a question
-            # mark. The name of a special token is plain text: no policy can end the turn with it.
+            # Only a long text's start is read, and half a surrogate pair becomes a question mark.
+            # The name of a special token is plain text: no policy can end the turn with it.
             text = f"{stage}: {text[: 20 * left]}".encode("utf-8", "replace").decode()
             encoded.append(self.tokenizer.encode(text, special=False)[:left])
         return prompt, encoded
@@ -513,14 +515,14 @@ def by_question(pairs: list[Pair]) -> list[list[Pair]]:
 
 
 def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Set aside a tenth of the stories, of about 2000 pairs at most [P] -> (the others', these)."""
+    """Hold out a tenth of the stories, about 2000 pairs at most [P] -> (other pairs, theirs)."""
     stories = list(dict.fromkeys(pair.story for pair in pairs))
     if len(stories) < 2:
         raise ValueError(f"{len(pairs)} pairs of one story: too few to hold some out")
     count = max(1, min(len(stories) // 10, 2000 * len(stories) // len(pairs)))
-    chosen = set(random.Random(f"held out {seed}").sample(stories, count))
-    held_out = [pair for pair in pairs if pair.story in chosen]
-    return [pair for pair in pairs if pair.story not in chosen], held_out
+    picked = set(random.Random(f"held out {seed}").sample(stories, count))
+    held_out = [pair for pair in pairs if pair.story in picked]
+    return [pair for pair in pairs if pair.story not in picked], held_out
 
 
 # ------------------------------------------------------------------- training the content model
@@ -528,18 +530,18 @@ def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
 
 @dataclass(frozen=True)
 class ContentConfig(Settings):
-    """Settings of the content model and its training: the paper states none of them [O]."""
+    """Settings of the content model and its training, all [O]."""
 
     model: Path = setting(None, "checkpoint folder to start from; else assets/tiny", kind=Path)
     pairs: Path = setting(None, "JSONL, see assets/make_pairs.py", kind=Path, required=True)
-    held_out: Path = setting(None, "pairs to examine on; else a tenth of --pairs", kind=Path)
+    held_out: Path = setting(None, "pairs to examine on; else a tenth of the stories", kind=Path)
     out: Path = setting(Path("runs/content"), "the new folder")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
     epochs: int = setting(1, "passes over the pairs", low=1)
     batch: int = setting(64, "pairs in one update, whole questions", low=1)
-    lr: float = setting(1e-5, "AdamW's learning rate, after a short warm-up", above=0, high=1)
+    lr: float = setting(1e-5, "AdamW's highest learning rate", above=0, high=1)
     token_budget: int = setting(8192, "tokens in one micro-batch; only memory depends on it", low=1)
-    seed: int = setting(0, "of the new head and the order of pairs", low=0, high=2**31 - 1)
+    seed: int = setting(0, "of the head, the order, what is held out", low=0, high=2**31 - 1)
 
 
 FROM_TINY = ContentConfig(model=TINY, lr=1e-3)  # from the embedded policy
@@ -560,7 +562,7 @@ def with_scalar_head(model: Transformer, seed: int) -> Transformer:
 
 
 def pair_scores(scorer: ContentModel, questions: list[list[Pair]], budget: int) -> Iterator[Tensor]:
-    """Score the chosen and the rejected text of every pair -> (n, 2) at a time. Differentiable."""
+    """Yield scores (n, 2) of the chosen and rejected texts, n pairs at a time. Differentiable."""
     encoded = []
     for pairs in questions:
         segments = []
@@ -585,7 +587,7 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
     updates = []
     for _ in range(config.epochs):
         shuffled = rng.sample(questions, len(questions))
-        updates += batches(shuffled, lambda chosen: sum(map(len, chosen)) <= config.batch)
+        updates += batches(shuffled, lambda asked: sum(map(len, asked)) <= config.batch)
     progress = tqdm(updates, desc="content model", unit="update")
     for update, batch in enumerate(progress, start=1):
         count = sum(map(len, batch))
@@ -606,7 +608,7 @@ def train_content_model(scorer: ContentModel, pairs: list[Pair], config: Content
 
 @torch.no_grad()
 def examine(scorer: ContentModel, pairs: list[Pair]) -> dict:
-    """Measure how many held-out pairs have the higher score on the chosen text, and the centres.
+    """Measure the share of held-out pairs whose chosen text scores higher, and the centres.
 
     -> pairs, accuracy, by_stage and by_kind (accuracy by name), centre (mean score by stage)
     """

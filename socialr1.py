@@ -1,4 +1,4 @@
-"""Problems, the four-stage response and generated stories: everything about text.
+"""Problems, the four-stage response, generated stories, and what all command lines share.
 
 A problem is a short story and a multiple-choice question about what somebody in it believes, wants,
 feels, intends or knows. The paper observes that language models often start from the options and
@@ -15,9 +15,9 @@ four stages of Social Information Processing (SIP), and to answer afterwards [P]
 
 The first part of this file holds the problem, the prompt that asks for this form, and the parser of
 responses. The second part is a small simulator of our own, which stands in for the training
-questions of the paper: it replays events, keeps for every person what that person perceived, and
-writes from it a story, a question, four options and a correct response. Last come the few things
-that all command lines share. Nothing here needs torch.
+questions of the paper: it tells events as a story with a question and four options, keeps what
+every person perceived, and answers correctly from that. Last come files, settings and errors.
+Nothing here needs torch.
 
 In all files, [P] marks what the paper (arXiv 2603.09249) states, and [O] marks our own choice where
 the paper is silent.
@@ -54,8 +54,8 @@ class Problem:
     Generated problems come in pairs, a "hard" one and its "control" (`variant`), which have the
     same source and id. Problems of one source with the same `joint` count as one, which is right
     when all of them are: EmoBench asks for an emotion and for its cause. `trace` is a correct
-    response that came with the problem, if any. ValueError where there are too few or too many
-    options, or where the answer is not the letter of one.
+    response that a file gave with the problem, if any. ValueError where there are too few or too
+    many options, or where the answer is not the letter of one.
     """
 
     story: str
@@ -82,7 +82,7 @@ class Problem:
 
 
 # The system message asks for the two pairs of tags [P]. The headings, the ban on naming options
-# early and the example of the form, which solves no problem and gives nothing away, are ours [O].
+# early and the example of the form are ours [O].
 INSTRUCTIONS = (ASSETS / "instructions.txt").read_text(encoding="utf-8").strip()
 
 
@@ -104,9 +104,9 @@ def build_messages(problem: Problem, instructions: str = INSTRUCTIONS) -> list[d
 
 # -------------------------------------------------------------------------------------- the parser
 #
-# What a policy writes is hostile input, for it will try whatever the parser rewards. So every text
-# has one defined outcome, no text raises an exception, and the time grows linearly with the length
-# (a repeat that is written *+ never gives back what it has matched).
+# What a policy (the model in training) writes is hostile input: it will try whatever is rewarded.
+# So every text has one defined outcome, no text raises an exception, and the time grows linearly
+# with the length (a repeat written *+ does not backtrack).
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Response:
         return not self.fault
 
     def cause(self, finished: bool) -> str:
-        """Say why it is not well-formed; that it was not finished explains all else."""
+        """Say why it is not well-formed: it was cut off, or else its `fault`; "" if it is."""
         return self.fault and (self.fault if finished else "cut off")
 
 
@@ -143,7 +143,7 @@ def parse_response(text: str, problem: Problem) -> Response:
 
     Well-formed means a think block with text in it, then exactly one readable answer block, and
     nothing but white space around the two [P]. The answer is looked for after the think block, so
-    that the reasoning may quote tags; only where there is no think block, in the whole text.
+    that the reasoning may quote answer tags; without a think block, in the whole text.
 
     The text comes with its special tokens, except for the one that ends it. They count as text, so
     a response that goes on with another turn of the chat is not well-formed [O]. Where the chat
@@ -171,9 +171,9 @@ def parse_response(text: str, problem: Problem) -> Response:
 def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:
     """Return what stands before, inside and after the first block <tag> ... </tag> of a text.
 
-    The block ends at the first closing tag. Tags count in any case, but exactly as spelt:
-    `<think >` is no tag. Where there is no block, nothing stands before it, None is inside it, and
-    the whole text stands after it.
+    The block ends at the first closing tag. Upper case does not matter, but spaces do: `<think >`
+    is no tag. Where there is no block, nothing stands before it, None is inside it, and the whole
+    text stands after it.
     """
     before, *rest = re.split(f"(?ai)<{tag}>", text, maxsplit=1)
     inside, *behind = re.split(f"(?ai)</{tag}>", "".join(rest), maxsplit=1)
@@ -182,13 +182,29 @@ def split_at_block(text: str, tag: str) -> tuple[str, str | None, str]:
     return before, inside, behind[0]
 
 
+# Full-width forms of the ASCII characters, which Chinese and Japanese keyboards type.
+FULL_WIDTH = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)}
+MARKS = " ()[]{}【】「」『』〔〕《》*_`.,:;!。、"  # brackets, emphasis and closing marks
+LETTERED = re.compile(rf"([a-z])(?:[{re.escape(MARKS)}]+(?:[–—-] )?(.*))?")  # "b", "b. the drawer"
+
+
+def even_out(text: str) -> str:
+    """Replace full-width characters and Unicode spaces by plain ones, one for one."""
+    return re.sub(r"[^\S\n]", " ", text.translate(FULL_WIDTH))
+
+
+def bare(text: str) -> str:
+    """Return a text in lower case, with single spaces, and without marks at its two ends."""
+    return " ".join(even_out(text).casefold().split()).strip(MARKS)
+
+
 def read_answer(block: str, problem: Problem) -> str | None:
     """Return the letter that an answer block gives, or None where it cannot be read.
 
     An answer block can be read [O] if it holds the letter of an option, alone or with the text of
     that very option after it, or if it holds the text of exactly one option. Let B be "the
     drawer". Then `B`, `(b)`, `**B**`, `B. the drawer` and `The drawer.` are B; `A or B`, `not B`
-    and `B. the box` are None, since a reader could take each of them for either of two answers.
+    and `B. the box` are None, since none of them settles on one option.
     """
     said = bare(block)
     texts = {letter: bare(option) for letter, option in zip(problem.letters, problem.options)}
@@ -199,22 +215,6 @@ def read_answer(block: str, problem: Problem) -> str | None:
             return letter
     fitting = [letter for letter, text in texts.items() if said and text == said]
     return fitting[0] if len(fitting) == 1 else None
-
-
-# Full-width forms of the ASCII characters, which Chinese and Japanese keyboards type.
-FULL_WIDTH = {code + 0xFEE0: chr(code) for code in range(0x21, 0x7F)}
-MARKS = " ()[]{}【】「」『』〔〕《》*_`.,:;!。、"  # brackets, emphasis and closing marks
-LETTERED = re.compile(rf"([a-z])(?:[{re.escape(MARKS)}]+(?:[–—-] )?(.*))?")  # "b", "b. the drawer"
-
-
-def even_out(text: str) -> str:
-    """Replace full-width characters and Unicode spaces by plain ones; all keep their places."""
-    return re.sub(r"[^\S\n]", " ", text.translate(FULL_WIDTH))
-
-
-def bare(text: str) -> str:
-    """Return a text in lower case, with single spaces, and without marks at its two ends."""
-    return " ".join(even_out(text).casefold().split()).strip(MARKS)
 
 
 # A heading is the name of a stage at the start of a line, in any case. List numbers, "Step 2:",
@@ -255,19 +255,18 @@ def collect_stages(think: str) -> tuple[str, list[tuple[str, str]]]:
 # ----------------------------------------------------------- the simulator: events and beliefs
 #
 # A story is about one fact that changes: where an object is, what M wants to eat, where M will go,
-# or what is in M's parcel for X. The question is about X; M makes all changes; some stories have a
-# third person, Y. For example:
+# or what is in M's parcel for X. The question is about X, or about X and a third person, Y; M makes
+# all changes. For example:
 #
 #     story       M puts the key in the box. X leaves. M moves it to the bag. X comes back.
 #     X's view    noticed the box, missed the bag: so X believes that it is in the box
 #     question    Where will X look for the key? In the box. The shortcut says: in the bag.
 #
-# The *shortcut* is to think that X knows what the reader knows. (Where X's words are judged, it is
-# to think that besides the listener knows nothing, so that whatever is not true is a lie.) Every
-# hard story, in which the shortcut is wrong, has a control twin with the same people, words and
-# options, in which other events make it right: X comes back before the key is moved. A model that
-# always takes the shortcut solves the controls only, and one that always avoids it solves the hard
-# stories only.
+# The *shortcut* is to think that X and Y know what the reader knows. (Where X's words are judged,
+# Y, who listens, is taken to know nothing, so that every untruth is a lie.) Every hard story, in
+# which the shortcut is wrong, has a control twin with the same people, words and options, in which
+# other events make it right: X comes back before the key is moved. A model that always takes the
+# shortcut solves all of the controls and none of the hard stories.
 
 
 @dataclass(frozen=True)
@@ -286,13 +285,13 @@ class Event:
     target: str = ""
 
 
-View = list[tuple[str, str]]  # what a person perceived, in order: (verb, value)
+View = list[tuple[str, str]]  # what a person perceived or missed, in order: (verb, value)
 
 
 class World:
     """What is real, who is present, and what everybody perceived.
 
-    `models[a, b]` is the view of b that a knows of, and `views[a]` is models[a, a], a's own view.
+    `models[a, b]` is what a knows of b's view, and `views[a]` is models[a, a], a's own view.
     """
 
     def __init__(self, people: list[str]):
@@ -305,8 +304,8 @@ class World:
     def apply(self, event: Event) -> None:
         """Update what is real, who is present and what everybody perceived.
 
-        Who is absent misses a change. That, too, is entered, and in the absent person's own view as
-        well: nobody concludes anything from it, but the trace says it.
+        A change that an absent person misses is entered, too, even in that person's own view:
+        `believed` skips it, and the trace tells it.
         """
         if event.kind == "leave":
             self.present.discard(event.actor)
@@ -336,25 +335,26 @@ def believed(view: View) -> str:
 #
 # Words are data, in assets/stories.json. There, {x}, {y} and {m} are people, {o} is the object, {r}
 # the room and {v} a value; in sentences, {a} is the person who acts and {b} the one who is told.
+# Some patterns have more such names, which are filled in alike.
 
 STORIES = json.loads((ASSETS / "stories.json").read_text(encoding="utf-8"))
 WORDS = STORIES["abilities"]  # by ability: the question, the thoughts, the goal ...
 # belief, desire, emotion, intention, knowledge, non-literal communication
 ABILITIES = tuple(WORDS)
+# What makes a hard story hard:
 TWISTS = ("unseen change", "being told", "peeking", "false report", "second order")
-# The kind of fact that changes: place, wish, plan or parcel.
-FAMILY = {ability: words["family"] for ability, words in WORDS.items()}
 
-# A lexicon has names, rooms and objects; values, by family; sentences, by "family event", or by
-# "event" for all families; and scripts, by the kind of story ("one mind" ...) and by twist.
+# A lexicon has names, rooms and objects; values, by family (the kind of fact that changes: place,
+# wish, plan or parcel); sentences, by "family event", or by "event" for all families; and scripts,
+# by the kind of story ("one mind" ...) and by twist.
 Lexicon = SimpleNamespace
 MAIN = Lexicon(**STORIES["main"])  # of the splits train and test
-SHIFT = Lexicon(**STORIES["shift"])  # of the split shift: nothing that is trained on
+SHIFT = Lexicon(**STORIES["shift"])  # of the split shift; training has nothing of it
 
 # A script is a line of steps. A step says who acts, what happens, to whom, and which of the story's
 # four values it is about: "m=2" m makes value 2 real, "x-" x leaves, "x+" x comes back, "x?2" x
-# peeks and sees value 2, "m>x2" m tells x value 2, "x!y2" x says value 2 to y. The example above
-# has the script "m=1 x- m=2 x+", and its control "m=1 x- x+ m=2".
+# peeks and sees value 2, "m>x2" m tells x value 2, "x!y2" x says value 2 to y. The example of
+# the key has the script "m=1 x- m=2 x+", and its control "m=1 x- x+ m=2".
 STEP = re.compile(r"([xym])([=\-+?>!])([xym]?)([1-4]?)")
 KINDS = {"=": "set", "-": "leave", "+": "return", "?": "peek", ">": "tell", "!": "say"}
 
@@ -398,10 +398,10 @@ def replay(story: Story) -> World:
 
 
 def perspectives(story: Story) -> list[tuple[str, str]]:
-    """Return the views that decide the answer as roles, (knower, about) as in World.models.
+    """Return whose views decide the answer, as roles (knower, about) of World.models.
 
-    Most questions depend on the views that people have themselves. A second-order question depends
-    on what M knows of their views. What X's words were depends on what X knows of the listener Y.
+    Mostly these are people's own views. A second-order question depends on what M knows of them.
+    Where X's words are judged, it is X's own view, and what X knows of the listener Y's.
     """
     if story.problem.ability == "non-literal communication":
         return [("x", "x"), ("x", "y")]
@@ -496,8 +496,8 @@ def generate_stories(n: int, seed: int, split: str = "train") -> list[Story]:
     """Generate n stories, hard and control in turn, abilities and twists in rotation.
 
     The same seed gives the same stories, and a shorter list is the beginning of a longer one. Train
-    and test share words but no story. "shift" has names, nouns, sentences and scripts of its own.
-    Any other split is a ValueError.
+    and test share words, but no combination of X, M and the first value. "shift" has names, nouns,
+    sentences and scripts of its own. Any other split is a ValueError.
     """
     if split not in ("train", "test", "shift"):
         raise ValueError(f"unknown split {split!r}: expected 'train', 'test' or 'shift'")
@@ -516,7 +516,7 @@ def make_twins(split: str, seed: int, pair: int) -> list[Story]:
     """Make a hard story and its control twin: same people, words and options, other events.
 
     All random numbers are drawn here and in `draw_cast`. Their order must stay as it is, or a seed
-    gives other stories: so they are drawn even where an ability has no use for them.
+    gives other stories, so some are drawn that an ability has no use for.
     """
     rng = random.Random(f"{split}/{seed}/{pair}")
     ability, twist = ABILITIES[pair % 6], TWISTS[pair // 6 % 5]
@@ -540,14 +540,14 @@ def make_twins(split: str, seed: int, pair: int) -> list[Story]:
     if "option" not in words:
         notes_before = notes_after = 0
 
-    order = "second-order question" if twist == "second order" else "question"
-    question = words[order].format(**cast)
+    asked = "second-order question" if twist == "second order" else "question"
+    question = words[asked].format(**cast)
     origin = {"ability": ability, "source": f"stories/{split}", "id": f"{split}-{seed}-{pair}"}
     stories = []
     for variant in ("hard", "control"):
         events = read_script(scripts[variant], cast, values)
         events = [note] * notes_before + events + [note] * notes_after
-        text = tell(events, wording, FAMILY[ability], opening)
+        text = tell(events, wording, words["family"], opening)
         # Until the story is solved, its answer and its shortcut are "A".
         problem = Problem(text, question, options, answer="A", variant=variant, **origin)
         stories.append(solve(Story(problem, "", tuple(events), twist, "A", cast, likes)))
@@ -557,9 +557,9 @@ def make_twins(split: str, seed: int, pair: int) -> list[Story]:
 def draw_cast(rng: random.Random, lexicon: Lexicon, ability: str, split: str) -> tuple[dict, list]:
     """Draw people and things; return the cast, by role, and four values of the fact that changes.
 
-    Test takes a fifth of the combinations and train the others, so that they share no story.
+    Test takes a fifth of the combinations of X, M and the first value, and train the others.
     """
-    places = lexicon.values[FAMILY[ability]]
+    places = lexicon.values[WORDS[ability]["family"]]
     while True:
         x, m, y = rng.sample(lexicon.names, 3)
         values = rng.sample(places, 4)
@@ -575,7 +575,7 @@ def draw_cast(rng: random.Random, lexicon: Lexicon, ability: str, split: str) ->
 def tell(events: list[Event], wording: dict[str, str], family: str, words: dict[str, str]) -> str:
     """Tell events in English, one sentence each, after an opening.
 
-    A report that is false is said to be: the reader knows, the character does not.
+    After a false report the text says so: the reader knows, the character does not.
     """
     patterns = {name.removeprefix(f"{family} "): pattern for name, pattern in wording.items()}
     sentences, real = [patterns["open"].format(**words)], ""
@@ -607,7 +607,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """Read a JSONL, CSV or JSON file, and yield (line, row); for JSON (place in the list, row).
 
     A JSON file holds a list of rows, alone or under "data"; if it holds anything else it has no
-    rows. A file that cannot be read, and a broken row, are ValueErrors that name file and line.
+    rows. ValueError: a file that cannot be read, by its name; a broken row, by file and line.
     """
     read = {".csv": read_csv, ".json": read_json_list}.get(file.suffix.lower(), read_jsonl)
     for number, row in read(file, read_lines(file)):
@@ -642,14 +642,14 @@ def read_csv(file: Path, lines: io.StringIO) -> Iterator[tuple[int, dict]]:
 
 
 def read_lines(file: Path) -> io.StringIO:
-    """Open a text file in memory; its lines keep their ends."""
+    """Open a UTF-8 file in memory; line ends are kept."""
     try:
         return io.StringIO(file.read_bytes().decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{file}:{line}: not UTF-8: {error.reason}") from None
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}; expected a JSONL, JSON or CSV file") from None
+        raise ValueError(f"{file}: {error.strerror}; expected a text file") from None
 
 
 def parse_json(text: str, file: Path, line: int) -> object:
@@ -664,7 +664,7 @@ def parse_json(text: str, file: Path, line: int) -> object:
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that it is complete or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    # A file name may be no UTF-8, and stand in a result: half a character becomes a question mark.
+    # A result may hold a file name that is not UTF-8: its stray bytes become question marks.
     temporary.write_text(text, encoding="utf-8", errors="replace")
     temporary.replace(path)
 
@@ -688,7 +688,7 @@ def setting(default, help, low=-math.inf, high=math.inf, above=-math.inf, kind=N
 
 
 def expected_instead(value: object, rule: dict) -> str:
-    """Say what was expected where a value breaks the rule of its field; "" where it does not."""
+    """Say what was expected of a value that breaks its field's rule; "" if it does not."""
     kind, low, above, high = rule["kind"], rule["low"], rule["above"], rule["high"]
     choices = rule["options"].get("choices")
     if choices:
@@ -712,7 +712,7 @@ def flag_of(name: str) -> str:
 
 
 class Settings:
-    """Base of frozen dataclasses whose fields are made by `setting`.
+    """Base of frozen dataclasses with fields that `setting` has made.
 
     It checks the values and makes the flags of a command line. A value that is not allowed is a
     ValueError that names its flag; None is allowed where it is the default. A class with rules
@@ -755,7 +755,7 @@ class Settings:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others. Flags must be spelt out."""
+    """An argument parser whose errors, like all others, are one line. Flags must be spelt out."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -767,8 +767,8 @@ class Parser(argparse.ArgumentParser):
 def exit_on_error(main: Callable[[], None]) -> None:
     """Call a command's main; a bad file, flag or value is one line on stderr and exit code 2.
 
-    What batch systems (SIGTERM) and closed terminals (SIGHUP) send ends it like Ctrl-C. Characters
-    that the terminal cannot show are replaced, for they must not end hours of work.
+    SIGTERM (of batch systems) and SIGHUP (of a closed terminal) end it like Ctrl-C. Characters that
+    the terminal cannot show are replaced, for they must not end hours of work.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import Tokenizer, Transformer, generate, load_model  # noqa: E402
 from rewards import Pair, hold_out, parse_groups, words  # noqa: E402
-from socialr1 import FAMILY, MAIN, SHIFT, STAGES, Parser, Problem, Response  # noqa: E402
+from socialr1 import MAIN, SHIFT, STAGES, WORDS, Parser, Problem, Response  # noqa: E402
 from socialr1 import Story, View, believed, build_messages, exit_on_error  # noqa: E402
 from socialr1 import generate_stories, gold_stages, replay, write_text  # noqa: E402
 
@@ -84,7 +84,7 @@ def corruptions(story: Story, twin: Story, rng: random.Random) -> dict[str, list
     gold, gold_of_twin = gold_stages(story), gold_stages(twin)
     cast, ability = story.cast, story.problem.ability
     x, other = cast["x"], cast.get("y") or cast["m"]
-    family = FAMILY[ability]
+    family = WORDS[ability]["family"]
     lexicon = SHIFT if story.problem.source.endswith("shift") else MAIN
     things = lexicon.values[family]
     found: dict[str, list[tuple[int, str]]] = {kind: [] for kind in KINDS}

@@ -303,7 +303,7 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
         (lambda w: w.pop(NORM), "1 missing: layers.1.self_attn.q_norm.weight"),
         (
             lambda w: w.update({NORM: torch.ones(9)}),
-            r"1.self_attn.q_norm.weight' is F32 of \(9,\), expected F32, F16 or BF16 of \(8,\)",
+            r"1.self_attn.q_norm.weight' is F32 of \(9,\), expected F64, F32, F16 or BF16 of \(8,\)",
         ),
         (
             lambda w: w.update({NORM.replace("1", "2"): torch.ones(8)}),
@@ -316,11 +316,11 @@ NORM = "model.layers.1.self_attn.q_norm.weight"
         (lambda w: w.pop("lm_head.weight"), "1 missing: lm_head.weight"),
         (
             lambda w: w.update({NORM: torch.ones(8, dtype=torch.int8)}),
-            r"q_norm.weight' is I8 of \(8,\), expected F32, F16 or BF16",
+            r"q_norm.weight' is I8 of \(8,\), expected F64, F32, F16 or BF16",
         ),
         (
             lambda w: w.update({NORM: torch.ones(8).to(torch.float8_e4m3fn)}),
-            "is F8_E4M3 of .*, expected F32",
+            "is F8_E4M3 of .*, expected F64",
         ),
         (
             lambda w: w.update({NORM.removeprefix("model."): torch.ones(8)}),

@@ -622,7 +622,7 @@ def test_broken_files_are_named_with_the_line(tmp_path):
             list(read_rows(tmp_path / name))
     with pytest.raises(
         ValueError,
-        match="none.csv: No such file or directory; expected a JSONL, JSON or CSV file",
+        match="none.csv: No such file or directory; expected a text file",
     ):
         list(read_rows(tmp_path / "none.csv"))
 
