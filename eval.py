@@ -20,10 +20,10 @@ problem hard is the same on both sides and cancels in the difference. The interv
 is therefore narrower than the intervals of the two accuracies suggest, and two checkpoints whose
 intervals overlap may still differ significantly.
 
-What a right letter does not show. The paper's claims are about reasoning, and each measure below
-speaks to one of them. The process measures are those from parse_rate on:
+What a right letter does not show. The paper's claims are about reasoning, and some of these
+measures speak to them (terms: rewards.py, stages: socialr1.py):
 
-    accuracy       responses with the right letter; one without a readable answer is wrong
+    accuracy       problems with the right letter, joint ones with all; unreadable is wrong
     lenient        the same, but where there is no such answer, the last line counts that can be
                    read as one, or that names a single letter [O]. If the accuracy grows and this
                    does not, only the form was learned
@@ -35,11 +35,11 @@ speaks to one of them. The process measures are those from parse_rate on:
                    shortcuts are the paper's *shortcut illusion* [P]
     parse_rate     responses with one readable answer; where this is far below 1, the accuracy
                    measures obedience as much as reasoning
-    well_formed    responses with R_fmt = 1: a think block, an answer block and nothing else
+    well_formed    responses with R_fmt = 1: reasoning, one readable answer and nothing else
     coverage       the fraction of the four stages that are present
     order          the fraction of the present stages that stand in the right order
     stage_order    responses with all four stages in order: *stage consistency* [P]
-    option_early   responses that name an option before Response Generation. A model that reasons
+    option_early   responses that name an option outside Response Generation. A model that reasons
                    from the story does not need the options yet; one that settles on an option and
                    justifies it names it early. The paper calls this *reasoning parasitism* [P]
     first_option   where the reasoning first names an option: 0 is its beginning, 1 its end
@@ -63,6 +63,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ from tqdm import tqdm
 from model import Tokenizer, Transformer, check_ids, generate_stream, load_model, read_json
 from rewards import ContentModel, RewardConfig, distinct_fraction, early_options, logistic, mean
 from rewards import WORD, letter_mentions, load_content_model, option_mentions, order_fraction
-from rewards import plain, total_reward, words
+from rewards import grouped, plain, total_reward, words
 from socialr1 import ASSETS, CAUSES, INSTRUCTIONS, LETTERS, STAGES, TINY, Parser, Problem, Settings
 from socialr1 import build_messages, even_out, exit_on_error, generate_problems, parse_response
 from socialr1 import read_answer, read_instructions, read_rows, setting, stage_spans
@@ -82,6 +83,20 @@ from socialr1 import write_json, write_text
 
 
 # ------------------------------------------------------------------------------ answering problems
+
+
+@dataclass(frozen=True)
+class EvalConfig(Settings):
+    """How problems are answered: the settings of `evaluate`."""
+
+    samples: int = setting(1, "responses per problem; the accuracy is their mean", low=1)
+    temperature: float = setting(None, "else 0, greedy; 1 if --samples > 1", low=0, kind=float)
+    top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, high=1)
+    top_k: int = setting(0, "sampling from so many best tokens; 0 is off", low=0)
+    max_new_tokens: int = setting(None, "else generation_config.json's, or 1024", low=1, kind=int)
+    thinking: bool = setting(True, "the chat template's mode, where it has two")
+    token_budget: int = setting(32768, "tokens in caches at a time; less needs less memory", low=1)
+    seed: int = setting(0, "of sampling, and of generated stories", low=0, high=2**31 - 1)
 
 
 def evaluate(
@@ -110,27 +125,26 @@ def evaluate(
     tokenizer.moment, done = read_journal(journal, tokenizer.moment)
     chats = [build_messages(problem, instructions) for problem in problems]
     prompts = [tokenizer.chat(messages, config.thinking) for messages in chats]
-    for problem, prompt in zip(problems, prompts):  # now, and not in the evaluation's last hour
+    for problem, prompt in zip(problems, prompts):  # here, so that an error names the problem
         check_ids(model.config, f"problem {problem.id!r}", prompt, longest)
 
     # 1. Ask for what the journal does not hold yet. An answer depends on the model, the settings of
     # sampling and the prompt, so together these name it; equal prompts have equal answers.
-    sampling = dict(group_size=config.samples, max_new_tokens=longest)
-    sampling |= {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "seed")}
-    if config.temperature is None:
-        sampling["temperature"] = 1.0 if config.samples > 1 else 0.0
+    default = 1.0 if config.samples > 1 else 0.0
+    temperature = default if config.temperature is None else config.temperature
+    sampling = dict(group_size=config.samples, max_new_tokens=longest, temperature=temperature)
+    sampling |= dict(top_p=config.top_p, top_k=config.top_k, seed=config.seed)
     sampling["stop_ids"] = list(tokenizer.stop_ids)
     source = digest([fingerprint(model), sampling]) if journal else ""
     names = {tuple(prompt): digest([source, prompt]) for prompt in prompts}
     missing = [prompt for prompt, name in names.items() if name not in done]
     stream = generate_stream(model, missing, token_budget=config.token_budget, **sampling)
     bar = dict(desc=label, total=len(missing), unit="prompt", disable=label is None, leave=False)
-    with open(journal or os.devnull, "a", encoding="utf-8", buffering=1) as lines:
+    with open(journal or os.devnull, "a", encoding="utf-8", buffering=1) as file:
         for prompt, completions in tqdm(stream, **bar):
-            name = names[prompt]
-            texts = [tokenizer.completion_text(prompt, c.tokens) for c in completions]
-            done[name] = [(text, len(c.tokens), c.finished) for text, c in zip(texts, completions)]
-            print(json.dumps([name, done[name]]), file=lines)
+            name, read = names[prompt], partial(tokenizer.completion_text, prompt)
+            done[name] = [(read(c.tokens), len(c.tokens), c.finished) for c in completions]
+            print(json.dumps([name, done[name]]), file=file)
 
     # 2. Measure the responses.
     records = []
@@ -145,9 +159,9 @@ def evaluate(
 def read_journal(journal: Path | None, moment: float) -> tuple[float, dict[str, list]]:
     """Return when an evaluation began, and its answers by name; a new one begins at `moment`.
 
-    One line holds the moment, and each other one the answers to a prompt: the text of each sample,
-    its number of tokens, and whether it was finished. An interruption can leave a torn last line,
-    which is cut off. ValueError: the file is no journal.
+    One line holds the moment, and each other one a name and the answers to a prompt: the text of
+    each sample, its number of tokens, and whether it was finished. The file is written anew, for an
+    interruption can leave a torn last line. ValueError: the file is no journal.
     """
     if not journal:
         return moment, {}
@@ -194,7 +208,7 @@ def measure(
 ) -> dict:
     """Measure one response of `length` tokens: all that the tables and the page show of it.
 
-    `content` has a score from 0 to 1 for each stage, if there is a content model.
+    `content` has a score from 0 to 1 for each stage present, if there is a content model.
     """
     response = parse_response(text, problem)
     think = response.think
@@ -205,7 +219,7 @@ def measure(
         **asdict(problem),
         "benchmark": problem.source.partition("/")[0],
         "gold": problem.answer,
-        "answer": response.answer,
+        "answer": response.answer,  # in place of the problem's
         "correct": response.answer == problem.answer,
         "lenient": (response.answer or lenient_answer(text, problem)) == problem.answer,
         "parse_rate": response.answer is not None,
@@ -230,8 +244,8 @@ def measure(
 def lenient_answer(text: str, problem: Problem) -> str | None:
     """Return the letter in the last line that reads as an answer, or that names a single letter.
 
-    A letter is named by "option B", "the answer is B", "(B)" or "B." A line that lists several, as
-    in "B or C", is passed over.
+    A letter is named by "option B", "the answer is B", "(B)", or "B." at the line's start. A line
+    that lists several, as in "B or C", is passed over.
     """
     lines = re.sub(r"(?i)</?(?:think|answer)>|\\boxed\{|\}", "\n", plain(text)).splitlines()
     for line in reversed(lines):
@@ -249,8 +263,8 @@ def locate_options(think: str, problem: Problem) -> list[tuple[str, int, int]]:
     """Find where the reasoning names an option: stage, start and end."""
     places = []
     for stage, begin, end in stage_spans(think):
-        for first, last in option_mentions(think[begin:end], problem):
-            places.append((stage, begin + first, begin + last))
+        for start, stop in option_mentions(think[begin:end], problem):
+            places.append((stage, begin + start, begin + stop))
     return places
 
 
@@ -265,13 +279,14 @@ Estimate = np.ndarray  # (1 + DRAWS,), or with a column for each measure
 
 
 def estimate(stories: Sequence[str], values: Sequence, weights: Sequence) -> Estimate:
-    """Estimate the weighted mean of values that belong to stories, or of each of K measures.
+    """Estimate a weighted mean of values, each of some story; with K columns, K means.
 
-        mean in a draw = sum of n_s * sum of weights * values / sum of n_s * sum of weights
+        mean in a draw = sum_s(n_s * sum_i(w_i * v_i)) / sum_s(n_s * sum_i(w_i))
 
     The outer sums run over the stories s, the inner ones over the values of a story; n_s says how
-    often the draw has it. Values and weights are (n,) -> (1 + DRAWS,), or (n, K) -> (1 + DRAWS, K).
-    A mean without any weight is NaN. The same stories are drawn alike every time.
+    often the draw has story s. Values and weights are (n,) or (n, K), and the estimate has the shape
+    (1 + DRAWS,) or (1 + DRAWS, K). A mean without any weight is NaN. The same stories are drawn
+    alike every time.
     """
     names, place = np.unique(stories, return_inverse=True)
     n, weights = len(names), np.asarray(weights, dtype=float)
@@ -307,7 +322,7 @@ SPLITS = {"by_benchmark": "benchmark", "by_file": "source", "by_ability": "abili
 class Unit(NamedTuple):
     """What is scored as one, with all samples: a problem, or problems that only count together.
 
-    `values` has the mean of each measure, and `weights` says how much data there is.
+    `values` has the mean of each measure, and `weights` how much each counts; 0: there is no data.
     """
 
     records: list[dict]
@@ -327,32 +342,31 @@ def make_units(records: list[dict]) -> list[Unit]:
 
 
 def make_unit(problems: list[list[dict]]) -> Unit:
-    """Score the samples of problems that count together; a sample is right if all answers are."""
+    """Score problems that count together: the k-th sample is right if the k-th answers all are."""
     records = list(itertools.chain(*problems))
     right = [all(record["correct"] for record in sample) for sample in zip(*problems)]
     lenient = [all(record["lenient"] for record in sample) for sample in zip(*problems)]
     first = records[0]
-    # The accuracy counts units. The process counts responses, but for those without such a value.
+    # Accuracies weigh units alike; the other measures weigh responses, where they have a value.
     data = {"accuracy": (mean(right), 1), "lenient": (mean(lenient), 1)}
     data |= {name: (mean(right), first["variant"] == name) for name in ("hard", "control")}
     for key in (*PROCESS, *FAILURES):
         known = [record[key] for record in records if record.get(key) is not None]
         data[key] = (mean(known), len(known))
     # Twins share source and id: they are one story told twice, and drawn together.
-    twins = f"{first['source']} {first['id']}"
-    story = twins if first["variant"] else normalise(first["story"])
-    return Unit(records, story, list(data), *np.array(list(data.values()), dtype=float).T)
+    story = f"{first['source']} {first['id']}" if first["variant"] else normalise(first["story"])
+    values, weights = np.array(list(data.values()), dtype=float).T
+    return Unit(records, story, list(data), values, weights)
 
 
 def group_units(units: list[Unit], key: str) -> dict[str, list[Unit]]:
-    names = sorted({unit.records[0][key] for unit in units})
-    return {name: [unit for unit in units if unit.records[0][key] == name] for name in names}
+    return dict(sorted(grouped(units, [unit.records[0][key] for unit in units]).items()))
 
 
 def summarise(records: list[dict]) -> dict:
     """Sum up the records of `measure`: the estimates, and the records themselves.
 
-    `n` counts what is scored as one, `questions` the problems.
+    `n` counts units, `questions` problems.
     """
     questions = sum(not record.get("sample") for record in records)
     return sum_up(make_units(records)) | {"questions": questions, "responses": records}
@@ -361,13 +375,13 @@ def summarise(records: list[dict]) -> dict:
 def sum_up(units: list[Unit]) -> dict:
     """Estimate every measure over all units, and the accuracy over each group of them.
 
-    The first stand in "overall" and also at the top of the result, the second in "by_ability" and
-    its like; "intervals" and "counts" are built alike. A measure without data, such as `hard` on a
-    benchmark, is None.
+    The former are in "overall" and at the top of the result, the latter in "by_ability" and its
+    like; so are the bounds in "intervals", and in "counts" how many units have data. A measure
+    without data, such as `hard` on a benchmark, is missing; those of MEASURES are None at the top.
     """
 
     def accuracy(members: list[Unit]) -> Estimate:
-        right = [unit.values[0] for unit in members]  # it is the first of the measures
+        right = [unit.values[0] for unit in members]  # values[0] is the accuracy
         return estimate([unit.story for unit in members], right, np.ones(len(members)))
 
     groups = {section: group_units(units, key) for section, key in SPLITS.items()}
@@ -409,15 +423,15 @@ def aligned(rows: Rows) -> str:
 
 
 def table_rows(results: dict[str, dict], with_intervals: Sequence[str] = ()) -> Rows:
-    """Lay out results by name: all measures, then accuracy by benchmark, file and ability."""
+    """Lay out named results, a column each: measures, then accuracy by benchmark, file, ability."""
 
     def row(label: str, section: str, name: str) -> list[str]:
-        counts, cells = {}, []
+        counts, cells = [], []
         for column, result in results.items():
             value, bounds = result[section].get(name), result["intervals"][section].get(name)
             cells.append(cell(name, value, bounds if column in with_intervals else None))
-            counts[str(result["counts"][section].get(name, result["n"]))] = None
-        return [label, "/".join(counts), *cells]
+            counts.append(str(result["counts"][section].get(name, result["n"])))
+        return [label, "/".join(dict.fromkeys(counts)), *cells]
 
     rows = [["", "n", *results]]
     for key in (*ACCURACIES, *PROCESS, *FAILURES):
@@ -437,26 +451,26 @@ def cell(key: str, value: float | None, bounds: Sequence[float] | None = None) -
     if value is None:
         return "-"
     digits = 1 if key == "length" else 3
-    texts = [f"{number:z.{digits}f}" for number in (value, *(bounds or ()))]
+    texts = [f"{number:z.{digits}f}" for number in (value, *(bounds or ()))]  # z: no "-0.000"
     return f"{texts[0]} [{texts[1]}, {texts[2]}]" if bounds else texts[0]
 
 
 # ---------------------------------------------------------------------- readers of the benchmarks
 #
-# A reader turns a row of an original file into problems: dicts with story, question, options and
+# A reader turns a row of an original file into items: dicts with story, question, options and
 # answer, and where the row has them ability and id. `subset` is the part of the benchmark, where it
 # is not the file's name; problems with the same `joint` count only together; `cut` says that a line
-# was dropped. In place of a problem a reader may yield the reason why there is none. The names of
-# the row's cells have lost their case, blanks and marks: "question type" is "questiontype".
+# was dropped. In place of an item a reader may yield the reason why there is none. The names of the
+# row's cells have lost case, blanks, _ and -: "question type" is "questiontype".
 #
 # The rest is common to all. The options of a problem may begin with their letters. Answers may be
 # letters, texts of options or places; the whole file decides which. A cell may be missing, or have
 # blanks around it. Where a file gives the options in no order, or the right letter is biased, they
 # are shuffled, each problem's with a seed of its own. All that is repaired or left out is noted
-# with its rows. The traps that single lines are for were counted in the complete original files.
+# with its rows. Where a line is for a special case, the complete original files have that case.
 
 TEXTS = json.loads((ASSETS / "benchmarks.json").read_text("utf-8"))
-DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why
+DO_NOT_TRAIN = TEXTS["do not train"]  # benchmark: why; grpo.py warns
 COLUMNS = TEXTS["columns"]  # language: text: the names that its column may have, best first
 # The endings of files that nobody takes for data; README and LICENSE have none.
 COMPANIONS = ".md .rst .txt .lst .py .sh .ipynb .html .pdf .png .jpg .svg .yml .yaml .toml .cfg"
@@ -515,7 +529,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def hitom(row: dict, lang: str) -> Iterator[dict | str]:
-    """Ask with the note that the original prompts have: deception makes no sense without it."""
+    """Ask with the original prompts' note, in our words: without it deception makes no sense."""
     if row.get("promptingtype", "CoTP") != "CoTP":  # 138 of these 600 have another gold answer
         yield "repeats a CoTP row, some with a wrong answer"
         return
@@ -542,9 +556,9 @@ def tactfultom(row: dict, lang: str) -> Iterator[dict | str]:
             question = TEXTS["tactfultom"].get(kind, "") + asked["question"]
             item = dict(story=row["fullcontext"], question=question, id=asked["q_id"])
             yield item | dict(options=options, answer="A", ability=kind.replace("_", " "))
-    for name, asked in row.items():
+    for name, questions in row.items():
         if name == "comprehensionqa" or name.endswith(("qasbinary", "qalist", "qaslist")):
-            yield from ["yes/no, or a list of names: no options to choose from"] * len(asked)
+            yield from ["yes/no, or a list of names: no options to choose from"] * len(questions)
 
 
 def simpletom(row: dict, lang: str) -> Iterator[dict | str]:
@@ -565,8 +579,8 @@ def by_columns(row: dict, lang: str) -> Iterator[dict | str]:
     if lang == "en" and given(row.get("故事")) and len(read_options(row, "zh")) == 2 < len(options):
         yield "its English question may belong to another story: the Chinese one is yes or no"
         return
-    ability = given(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
     # "Belief: Second-order beliefs" is belief
+    ability = given(first_cell(row, COLUMNS[lang]["ability"])).partition(":")[0]
     yield item | dict(options=options, ability=ability.strip().lower())
 
 
@@ -585,7 +599,7 @@ class Reader(NamedTuple):
     shuffled: bool = False
 
 
-READERS = (
+READERS = (  # the first that fits; the last fits all
     Reader("emobench", "qid language emotionchoices causechoices", emobench_eu, shuffled=True),
     Reader("emobench", "qid language questiontype choices", emobench_ea, shuffled=True),
     Reader("motivebench", "motivationreasoningquestion options1", motivebench, shuffled=True),
@@ -634,7 +648,7 @@ def clean(cell: object) -> str:
 
 
 def given(cell: object) -> str:
-    """Return a cell as stripped text, if it is not missing: in a CSV "nan" and "NaN" are, too."""
+    """Return a cell as stripped text; "" for what is missing, and for "nan" and "NaN", too."""
     text = clean(cell)
     return "" if text in ("nan", "NaN") else text
 
@@ -645,7 +659,7 @@ def first_cell(row: dict, names: list[str]) -> object:
 
 def read_options(row: dict, lang: str) -> list:
     """Return the options' cells, from one column or several, without empty ones at the end."""
-    cells, filled = first_cell(row, COLUMNS[lang]["options"]), clean
+    cells, reading = first_cell(row, COLUMNS[lang]["options"]), clean
     if cells and isinstance(cells, str):
         try:
             cells = ast.literal_eval(cells)
@@ -655,9 +669,9 @@ def read_options(row: dict, lang: str) -> list:
         if not cells and pattern.format("a") in row:
             cells = [row.get(pattern.format(letter.lower())) for letter in LETTERS]
             # A last option "nan" is missing in a CSV; elsewhere it is a word.
-            filled = given if row["csv"] else clean
+            reading = given if row["csv"] else clean
     cells = list(cells) if isinstance(cells, (list, tuple)) else []
-    while cells and not filled(cells[-1]):
+    while cells and not reading(cells[-1]):
         cells.pop()
     return cells
 
@@ -672,7 +686,8 @@ def without_letter(text: str, letter: str) -> str:
 def tidy(item: dict) -> tuple[dict, list[str]]:
     """Clean the texts of an item -> the item, with its options by letter, and what was repaired.
 
-    ValueError: a text is missing, or there are too few or too many options.
+    ValueError: a text is missing or no text, there are too few or too many options, or the answer
+    is the text of several.
     """
     raw = [item["answer"], item["story"], item["question"], *item["options"]]
     if not 2 <= len(raw) - 3 <= len(LETTERS):
@@ -706,7 +721,7 @@ def possible_golds(answer: str, options: dict[str, str]) -> dict[str, str]:
     golds = {}
     bare = even_out(answer).strip("()[]. ").upper()
     for letter, text in options.items():
-        if letter == bare or answer != without_letter(answer, letter) == text:
+        if letter == bare or without_letter(answer, letter) == text != answer:
             golds["one letter"] = letter
     same = [o for o, text in options.items() if text in (answer, without_letter(answer, o))]
     if len(same) == 1:
@@ -757,7 +772,7 @@ Reading = tuple[list[Problem], list[str]]  # problems, notes
 def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Reading:
     """Read a file -> its problems, and notes with the rows that they are about.
 
-    NoProblems: it holds none, or cannot be read. ValueError: a row of a benchmark that is broken.
+    NoProblems: it has no rows, or none of problems. ValueError: it is broken, in general or a row.
     """
     if in_folder and file.suffix.lower() not in (".jsonl", ".json", ".csv"):
         raise NoProblems("this format is not read; make .jsonl, .json or .csv of it")
@@ -767,7 +782,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
     except StopIteration:
         raise NoProblems("no rows; expected one problem a row") from None
     except ValueError as error:
-        raise NoProblems(str(error)) if in_folder else error from None
+        raise (NoProblems(str(error)) if in_folder else error) from None
     reader = recognise(file, list(first[1]))
     reader = reader._replace(name=name or reader.name)
     if in_folder and reader.name == "socialiqa" and re.search("train|trn", file.stem.lower()):
@@ -789,7 +804,7 @@ def read_file(file: Path, name: str | None, lang: str, in_folder: bool) -> Readi
             raise ValueError(f"{file}:{line}: not a row of {reader.name}: {error!r}") from None
     golds = decide_golds(file, items, reader.name)
     problems = [make_problem(item, gold, reader) for (_, item), gold in zip(items, golds)]
-    notes = [describe(file, note, notes[note]) for note in notes]
+    notes = [describe(file, note, lines) for note, lines in notes.items()]
     if lang != "en" and "language" not in reader.columns and "故事" not in first[1]:
         notes.append(f"{file}: in one language only, so --lang {lang} changes nothing")
     return problems, notes
@@ -817,7 +832,7 @@ def describe(file: Path, note: str, lines: list[int]) -> str:
 
 
 def read_with_labels(file: Path) -> Iterator[tuple[int, dict]]:
-    """Read rows; SocialIQA has their answers in a second file beside it, one a line."""
+    """Read rows; SocialIQA has the answers in a second file, one a line."""
     labels = file.with_name(f"{file.stem}-labels.lst")
     if not labels.exists():
         yield from read_rows(file)
@@ -846,15 +861,16 @@ def find_files(path: Path, known: set[str]) -> Iterator[Path]:
 
 
 def read_files(path: Path, name: str | None, lang: str, known: set[str]) -> Reading:
-    """Read a file or a folder, without those in `known`: real paths, to which all read are added.
+    """Read a file or a folder; skip files in `known`, and add what was read to it (real paths).
 
-    In a folder, files without problems and SocialIQA's training split are left out with a note.
+    In a folder, files without problems and SocialIQA's training split are left out with a note;
+    COMPANIONS and hidden files without one.
     """
     if lang not in COLUMNS:
         raise ValueError(f"unknown language {lang!r}: expected 'en' or 'zh'")
     found = [f for f in find_files(path, set()) if f == path or f.suffix.lower() not in COMPANIONS]
     problems, notes = [], []
-    for file in sorted(found, key=Path.is_symlink):  # of two names for a file, its own
+    for file in sorted(found, key=Path.is_symlink):  # a file comes before links to it
         if os.path.realpath(file) in known:
             notes.append(f"{file}: read already, counts once")
             continue
@@ -901,11 +917,10 @@ def spread(items: list, count: int) -> list:
 
 def spread_problems(problems: list[Problem], count: int) -> list[Problem]:
     """Choose about `count` problems, evenly spread; those that count together stay together."""
-    groups = defaultdict(list)
-    for place, problem in enumerate(problems):
-        groups[problem.source, problem.joint or place].append(problem)
+    keys = [(problem.source, problem.joint or place) for place, problem in enumerate(problems)]
+    groups = list(grouped(problems, keys).values())
     chosen = math.ceil(count * len(groups) / max(len(problems), 1))
-    return list(itertools.chain(*spread(list(groups.values()), chosen)))
+    return list(itertools.chain(*spread(groups, chosen)))
 
 
 def contamination_note(training: list[Problem], evaluation: list[Problem]) -> str:
@@ -924,14 +939,15 @@ def contamination_note(training: list[Problem], evaluation: list[Problem]) -> st
 def read_result(path: Path) -> dict:
     """Read what --json wrote, or grpo.py's before.json and after.json with all evaluations in them.
 
-    Only the responses count, everything else is measured anew. ValueError: another file.
+    Responses, content scores and R's settings are taken over; what a response shows is measured
+    anew. ValueError: another file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a result of eval.py --json")
     stored = read_json(path)
     records = []
     try:
-        evaluations = [stored] if "responses" in stored else list(stored.values())
+        evaluations = [stored] if "responses" in stored else stored.values()
         for place, evaluation in enumerate(evaluations):
             reward_config = RewardConfig(**evaluation.get("reward_config", {}))
             for item, record in enumerate(evaluation["responses"]):
@@ -995,10 +1011,10 @@ def compare_rows(a: dict, b: dict, names: Sequence[str]) -> Rows:
 def report_page(
     results: dict[str, dict], tables: list[Rows], curves: dict | None = None, title="", limit=97
 ) -> str:
-    """Write one self-contained HTML page: curves, tables, then up to `limit` problems.
+    """Return one self-contained HTML page: curves, tables, then up to `limit` units of problems.
 
-    They are evenly spread; a prime limit takes something of everything that stories rotate.
-    `results` are one, or two of the same problems, whose responses then stand side by side.
+    They are evenly spread; a prime limit seldom falls in step with what stories rotate. `results`
+    are none, one, or two of the same problems, whose responses then stand side by side.
     `curves` are {chart: {line: [(x, y), ...]}}. The template escapes all text: what a model wrote
     stays text.
     """
@@ -1018,7 +1034,7 @@ def report_page(
 def mark_passages(record: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     """Split the reasoning into passages: a stage, and runs of (mark, text).
 
-    A mark is "early" for an option named before Response Generation, "again" for four words that
+    A mark is "early" for an option named outside Response Generation, "again" for four words that
     were said before, or "".
     """
     problem = problem_of(record)
@@ -1049,20 +1065,6 @@ def repetitions(text: str) -> list[tuple[int, int]]:
 
 
 # -------------------------------------------------------------------------- settings, command line
-
-
-@dataclass(frozen=True)
-class EvalConfig(Settings):
-    """How problems are answered: the settings of `evaluate`."""
-
-    samples: int = setting(1, "responses per problem; the accuracy is their mean", low=1)
-    temperature: float = setting(None, "else 0, greedy; 1 with --samples", low=0, kind=float)
-    top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, high=1)
-    top_k: int = setting(0, "sampling from so many best tokens; 0 is off", low=0)
-    max_new_tokens: int = setting(None, "else as generation_config.json says", low=1, kind=int)
-    thinking: bool = setting(True, "the chat template's mode, where it has two")
-    token_budget: int = setting(32768, "tokens in caches at a time; less needs less memory", low=1)
-    seed: int = setting(0, "of stories and sampling", low=0, high=2**31 - 1)
 
 
 @dataclass(frozen=True)
