@@ -284,9 +284,8 @@ def estimate(stories: Sequence[str], values: Sequence, weights: Sequence) -> Est
         mean in a draw = sum_s(n_s * sum_i(w_i * v_i)) / sum_s(n_s * sum_i(w_i))
 
     The outer sums run over the stories s, the inner ones over the values of a story; n_s says how
-    often the draw has story s. Values and weights are (n,) or (n, K), and the estimate has the shape
-    (1 + DRAWS,) or (1 + DRAWS, K). A mean without any weight is NaN. The same stories are drawn
-    alike every time.
+    often the draw has story s. Values and weights (n,) give an estimate (1 + DRAWS,), and (n, K)
+    give (1 + DRAWS, K). A mean without any weight is NaN. The same stories are drawn alike always.
     """
     names, place = np.unique(stories, return_inverse=True)
     n, weights = len(names), np.asarray(weights, dtype=float)
