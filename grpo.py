@@ -451,7 +451,6 @@ def accumulate(policies: Policies, minibatch: list[Group], config: GRPOConfig) -
     counts = summed({"completions": len(lengths), "tokens": sum(lengths)})
     reducing = dict(reduction=config.reduction, max_length=config.max_new_tokens)
     normalizer = max(loss_normalizer(**counts, **reducing), 1)
-    objective = dict(clip_eps=config.clip_eps, beta=config.beta, normalizer=normalizer) | reducing
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "entropy", "tokens"), 0.0)
     drift = 0.0
     for batch in equally_many(micro_batches(minibatch, config.token_budget)):
@@ -467,7 +466,15 @@ def accumulate(policies: Policies, minibatch: list[Group], config: GRPOConfig) -
             with torch.no_grad():
                 ref_logprobs, _ = completion_logprobs(policies.reference, prompts, ids)
         loss, metrics = grpo_loss(
-            logprobs, old_logprobs, ref_logprobs, advantages, mask, **objective
+            logprobs,
+            old_logprobs,
+            ref_logprobs,
+            advantages,
+            completion_mask=mask,
+            clip_eps=config.clip_eps,
+            beta=config.beta,
+            normalizer=normalizer,
+            **reducing,
         )
         loss.backward()
         sums["loss"] += float(loss.detach())
