@@ -10,7 +10,8 @@ prints, one thread for each of the jobs:
        and with R_out alone, for the same number of steps                        DIR/out0 ...
     3. evaluation of MODEL, of the warmed-up model and of the six others         DIR/*.json
        on 400 test and 400 shift stories, sampled and greedy
-    4. tables, and paired differences with intervals                             DIR/tables.txt
+    4. tables: means, ranges of the seeds, paired differences with intervals;    DIR/tables.txt
+       and the stages beside the truth, which the simulator knows
 
 It takes hours. Interrupted, it goes on where it was, with the same command. `--data` names files of
 a benchmark that is asked greedily, too, as a check on what else has changed.
@@ -18,14 +19,17 @@ a benchmark that is asked greedily, too, as a check on what else has changed.
 
 import argparse
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from eval import compare_rows, normalise, read_result, summarise, table_rows  # noqa: E402
+from socialr1 import STAGES, Story, generate_stories, gold_stages, parse_response  # noqa: E402
 
 CONTENT = ROOT / "assets" / "content"
 COMMON = "--prompts 4 --group-size 8 --max-new-tokens 128 --min-length 16 --beta 0 --no-recompute"
@@ -154,6 +158,47 @@ def is_number(cell: str) -> bool:
     return cell not in ("", "-")
 
 
+def check_facts(record: dict, story: Story) -> dict[str, bool]:
+    """Compare the stages of a response with what the simulator knows: no model judges here."""
+    problem = story.problem
+    stages = dict(parse_response(record["text"], problem).stages)
+    said = stages.get(STAGES[-1], "").casefold()
+    spoken = {}  # the letters of the options that the last stage names, by length
+    for letter, option in zip(problem.letters, problem.options):
+        if re.search(rf"\b{re.escape(option.casefold())}\b", said):
+            spoken[len(option)] = letter
+    named = spoken[max(spoken)] if spoken else ""
+    facts = {f"{problem.variant}: the last stage names the right option": named == problem.answer}
+    if named:
+        facts["the letter is that of the option named"] = named == record["answer"]
+    for name, gold in zip(STAGES, gold_stages(story)):
+        facts[f"{name}, word for word the simulator's"] = stages.get(name) == gold
+    return facts
+
+
+def facts_table(columns: dict[str, list[dict]], split: str) -> str:
+    """Lay out in Markdown the share of responses in which each fact holds; in parentheses, seeds."""
+    stories = generate_stories(400, 0, split)
+    cells = defaultdict(list)
+    for results in columns.values():
+        shares = defaultdict(list)
+        for result in results:
+            facts = defaultdict(list)
+            for record, story in zip(result["responses"], stories, strict=True):
+                assert record["story"] == story.problem.story
+                for name, holds in check_facts(record, story).items():
+                    facts[name].append(holds)
+            for name, values in facts.items():
+                shares[name].append(sum(values) / len(values))
+        for name, values in shares.items():
+            each = " ".join(f"{value:.3f}" for value in values)
+            mean = f"{sum(values) / len(values):.3f}"
+            cells[name].append(f"{mean} ({each})" if len(values) > 1 else mean)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *row] for name, row in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def make_tables(folder: Path, datasets: list[str]) -> list[str]:
     """Make a table for each set of problems, and one for each half of the benchmark's stories."""
     tables = []
@@ -166,6 +211,10 @@ def make_tables(folder: Path, datasets: list[str]) -> list[str]:
                 parts[f"data, half {i + 1}"] = [[half(r, i) for r in side] for side in sides]
         for name, ((base,), (warm,), full, out) in parts.items():
             tables.append(f"{name}\n{make_table(base, warm, full, out)}")
+        if dataset != "data":
+            names = ("warmed up", "full reward", "only R_out")
+            columns = dict(zip(names, sides[1:]))
+            tables.append(f"{dataset}, facts\n{facts_table(columns, dataset.partition('-')[0])}")
     return tables
 
 
