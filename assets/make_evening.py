@@ -168,7 +168,10 @@ def check_facts(record: dict, story: Story) -> dict[str, bool]:
         if re.search(rf"\b{re.escape(option.casefold())}\b", said):
             spoken[len(option)] = letter
     named = spoken[max(spoken)] if spoken else ""
-    facts = {f"{problem.variant}: the last stage names the right option": named == problem.answer}
+    minds = "two minds" if "y" in story.cast else "one mind"
+    kind = f"{minds}, {problem.variant}"
+    facts = {f"{kind}: right answer": record["correct"]}
+    facts[f"{kind}: the last stage names the right option"] = named == problem.answer
     if named:
         facts["the letter is that of the option named"] = named == record["answer"]
     for name, gold in zip(STAGES, gold_stages(story)):
