@@ -9,7 +9,7 @@
     decode    Qwen3-4B, random weights: milliseconds and kernels a token, beside transformers
     loss      a micro-batch forward and backward: new lengths, the same again, attention segment
               by segment, chunks of logits of other sizes
-    step      whole steps at the paper's settings: seconds, memory beside the plan, drift
+    step      whole steps at the default settings: seconds, memory beside the plan, drift
     offload   the same with --offload and short completions
 
 Each part is a process of its own with a time limit, so that one which fails or hangs leaves the
