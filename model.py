@@ -338,7 +338,7 @@ class Completion:
     finished: bool  # ended by a stop token and not by the length limit
 
 
-SAMPLING_BUDGET = 65536  # cached tokens at a time; see `waves`
+SAMPLING_BUDGET = 65536  # tokens at a time; see `waves`
 
 
 @dataclass(frozen=True)
@@ -370,8 +370,8 @@ def generate(model: Transformer, prompts: list[Ids], *args, **settings) -> list[
 
     The further arguments are the fields of Sampling, in order or by name. The `logprobs` of a
     completion are those of the raw logits, whatever the settings are. Its random numbers depend on
-    the seed, its prompt, its index in the group and the position alone, so the rest of the batch
-    changes its tokens by rounding at most, and equal prompts get the same completions.
+    the seed, its prompt, its index in the group and the position alone. So the rest of the batch
+    changes no more than the rounding of its logits, and equal prompts share a list of completions.
 
     `token_budget` limits how many prompts are sampled at a time, to one at least; see `waves`.
     ValueError: an empty prompt, an id outside the vocabulary, a prompt that leaves no room for
@@ -430,9 +430,9 @@ def sample(model: Transformer, prompts: list[Ids], sampling: Sampling) -> list[l
         if t == N - 1 or not len(going_on):
             break
 
-        # 3. Feed the new tokens, and only these: the past is in the cache. On a CPU rows that have
-        # stopped leave at once. A CUDA graph needs a batch of fixed size, so on a GPU they stay
-        # until the next one is recorded, and what they write is cut off.
+        # 3. Feed the new tokens, and only these: the past is in the cache. Rows that have stopped
+        # leave every `period` tokens: at once on a CPU, between two graphs on a GPU (`recorded`).
+        # What they write until then is cut off.
         cache.begin_step(t)
         if t % period == 0:
             rows, chosen = rows[going_on], chosen[going_on]
@@ -457,7 +457,8 @@ def uniforms(seed: int, prompt: Ids, index: int, count: int) -> np.ndarray:
     """Draw `count` numbers in [0, 1) for one completion: number t is for position t.
 
     The generator is seeded anew from seed, prompt and index in the group. So there is no state to
-    save: a resumed run, a larger batch or a second process draws the same numbers.
+    save: a resumed run, a larger batch or a second process draws the same numbers. (And every step
+    of training needs another seed.)
     """
     numbers = np.array([seed, index, *prompt], dtype=np.int64)
     key = hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
@@ -473,7 +474,7 @@ def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         return logprobs.argmax(dim=-1)
     probs = (logprobs / sampling.temperature).softmax(dim=-1)
-    if sampling.top_k:  # and those that are as likely as the last of them
+    if sampling.top_k:  # keep the top_k likeliest, and ties with the last of them
         least = probs.topk(min(sampling.top_k, probs.shape[-1])).values[:, -1:]
         probs = probs.masked_fill(probs < least, 0.0)
     if sampling.top_p < 1:  # drop a token if those that are likelier reach top_p without it
@@ -485,14 +486,14 @@ def choose(logprobs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all past tokens. They never change, so each is computed only once.
+    """Keys and values of all past tokens. They never change, so no step computes them again.
 
     Rows (completions) stand in a grid of slots, one line for each prompt. Here the second
     completion of the second prompt has stopped and left; what is computed in its slot is not read:
 
         keys of the prompts      keys of what was written, by slot
-        x  x  x  x               a  a  .  |  b  b  .  |  c  c  .
-        y  y  -  -               d  d  .  |           |  e  e  .      (-) padding  (.) not yet
+        x  x  x  x               a  a  .  |  b  b  .  |  c  c  .      (-) padding   (.) not yet
+        y  y  -  -               d  d  .  |  *  *  .  |  e  e  .      (*) left over, not read
 
     An ordinary cache would hold and read a prompt's keys once for each completion. Here they are
     stored once, and one product serves all queries of the group. When every line has an empty slot,
@@ -528,7 +529,7 @@ class KVCache:
     def _place(self, line: Tensor, slot: Tensor, grid: tuple[int, int]) -> None:
         """Put row i into slot slot[i] of line line[i]; an empty slot repeats row 0.
 
-        `queries_of` (P, K, G) is the index row * K + kv head of each slot's queries (n, D).
+        `queries_of[p, k, g]` says where a slot's queries stand among all of them, (rows * K, n, D).
         """
         self.line, self.slot, self.grid = line, slot, grid
         row_of_slot = torch.zeros(grid, dtype=torch.long, device=line.device)
@@ -652,9 +653,10 @@ def inverse_cdf(probs: Tensor, uniform: Tensor, block: int = 128) -> Tensor:
 
     probs (rows, V), uniform (rows,) -> (rows,)
 
-    In float32 a long cumulative sum rounds rare tokens away, and in float64 it would be a table
-    twice the size of `probs`. So there are two short ones: over blocks of ids, and then over the
-    ids of the block that was hit.
+    (torch.multinomial has one generator for a batch; here each row brings its own number.) In
+    float32 a long cumulative sum rounds rare tokens away, and in float64 it would be a table twice
+    the size of `probs`. So there are two short ones: over blocks of ids, and then over the ids of
+    the block that was hit.
     """
     V = probs.shape[1]
     blocks = F.pad(probs, (0, -V % block)).unflatten(1, (-1, block))  # (rows, V / block, block)
