@@ -142,7 +142,8 @@ def evaluate(
     bar = dict(desc=label, total=len(missing), unit="prompt", disable=label is None, leave=False)
     with open(journal or os.devnull, "a", encoding="utf-8", buffering=1) as file:
         for prompt, completions in tqdm(stream, **bar):
-            name, read = names[prompt], partial(tokenizer.completion_text, prompt)
+            name = names[prompt]
+            read = partial(tokenizer.completion_text, prompt)
             done[name] = [(read(c.tokens), len(c.tokens), c.finished) for c in completions]
             print(json.dumps([name, done[name]]), file=file)
 

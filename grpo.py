@@ -91,8 +91,8 @@ constant, and leaves out the division by std(R), too.
 
 *What do micro-batches divide by?* The means above are over all completions of an update. A
 micro-batch that divided by its own count would give a completion more say the fewer it holds, so
-all divide by the counts of the whole update. Then gradients add up to exactly those of one
-batch, in several processes, too.
+all divide by the counts of the whole update. Then gradients add up to exactly those of one batch,
+in several processes, too.
 
 *What does a completion earn that was cut off at the length limit?* It is parsed and scored, mostly
 earns 0 because its answer is missing, and stays in the loss: to run out of length is a mistake like
@@ -648,7 +648,8 @@ def imitate(policies: Policies, examples: list[Group], step: int, config: GRPOCo
     loss = - mean over all tokens of logp, the cross-entropy
     """
     count = sum(len(example.completions[0].tokens) for example in examples)
-    tokens, total = summed({"tokens": count})["tokens"], 0.0
+    tokens = summed({"tokens": count})["tokens"]
+    total = 0.0
     for batch in equally_many(micro_batches(examples, config.token_budget)):
         prompts = [example.prompt for example in batch]
         ids = [[example.completions[0].tokens] for example in batch]
@@ -1135,8 +1136,8 @@ def load_optimizer(path: Path, policies: Policies) -> None:
 # Under torchrun there is one process for each GPU, and each answers its part of the prompts. FSDP2
 # cuts every weight, its gradient and its AdamW states into one shard per process, and gathers a
 # block's weights while it computes. It also computes in bfloat16 over float32 weights, and can keep
-# all of that in the host's memory, so it serves a single process, too. Sampling
-# and evaluation talk to no other process: they use a full copy of the weights while they run.
+# all of that in the host's memory, so it serves a single process, too. Sampling and evaluation talk
+# to no other process: they use a full copy of the weights while they run.
 
 
 def rank() -> int:

@@ -589,7 +589,8 @@ class KVCache:
         """Go on with these rows (ascending indices), in a smaller grid where they leave room."""
         if len(rows) == len(self.line):
             return
-        old_line, old_slot, (_, old_G) = self.line[rows], self.slot[rows], self.grid
+        old_line, old_slot = self.line[rows], self.slot[rows]
+        _, old_G = self.grid
         lines, line, counts = old_line.unique(return_inverse=True, return_counts=True)
         grid = (len(lines), int(counts.max()))
         if grid == self.grid:
@@ -599,7 +600,7 @@ class KVCache:
         slot = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[line]
         self._place(line, slot, grid)
         self.prompt_lengths, self.bias = self.prompt_lengths[lines], self.bias[lines]
-        K, row = len(self.kv_heads), self.row_of_slot
+        row, K = self.row_of_slot, len(self.kv_heads)  # where the row of a new slot stood before:
         source = ((old_line[row] * K + self.kv_heads) * old_G + old_slot[row]).flatten()
         for layer, cache in enumerate(self.written_cache):
             self.prompt_cache[layer] = self.prompt_cache[layer][:, lines]

@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +37,7 @@ COMMON = "--prompts 4 --group-size 8 --max-new-tokens 128 --min-length 16 --beta
 COMMON += " --eval-problems 0 --eval-every 0 --save-every 5"
 UPDATES = 140
 SEEDS = (0, 1, 2)
+TWO_MINDS = ("knowledge", "non-literal communication")  # the other abilities ask for one
 KINDS = {"full": "", "out": "--without struct,content,len"}
 SETS = {
     f"{split}-{mode}": f"--split {split} --limit 400 {flags}"
@@ -120,12 +122,31 @@ def pooled(results: list[dict]) -> dict:
     return summarise(sorted(records, key=lambda record: record["item"]))
 
 
-def half(result: dict, number: int) -> dict:
-    """Keep every second story of a result, from the first or the second on."""
-    records = result["responses"]
-    stories = list(dict.fromkeys(normalise(record["story"]) for record in records))
-    chosen = set(stories[number::2])
-    return summarise([record for record in records if normalise(record["story"]) in chosen])
+def part(result: dict, belongs: Callable[[dict], bool]) -> dict:
+    """Sum up those responses of a result that belong to a part of the problems."""
+    return summarise([record for record in result["responses"] if belongs(record)])
+
+
+def parts_of(dataset: str, result: dict) -> dict[str, Callable[[dict], bool]]:
+    """Name parts of a set of problems: stories by how many minds they ask for, data by halves."""
+    if dataset != "data":
+        belongs = {"": lambda record: True}
+        belongs[", one mind"] = lambda record: record["ability"] not in TWO_MINDS
+        belongs[", two minds"] = lambda record: record["ability"] in TWO_MINDS
+        return belongs
+    stories = list(dict.fromkeys(normalise(record["story"]) for record in result["responses"]))
+    first = set(stories[::2])
+    return {
+        "": lambda record: True,
+        ", one half of the stories": lambda record: normalise(record["story"]) in first,
+        ", the other half": lambda record: normalise(record["story"]) not in first,
+    }
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Write a table whose first line is the header."""
+    header, *rows = lines
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def make_table(base: dict, warm: dict, full: list[dict], out: list[dict]) -> str:
@@ -144,14 +165,14 @@ def make_table(base: dict, warm: dict, full: list[dict], out: list[dict]) -> str
         changes.append({row[0]: row[-1] for row in rows})
     (_, _, *header), *rows = table_rows(columns)
     header += ["full - warmed up", "full - only R_out"]
-    lines = [["", *header], ["---"] * (1 + len(header))]
+    lines = [["", *header]]
     for label, _, *cells in rows:
         for place, of_seeds in enumerate(ranges, start=2):
             values = sorted(map(float, filter(is_number, of_seeds.get(label, []))))
             if values:
                 cells[place] += f" ({values[0]:g} to {values[-1]:g})"
         lines.append([label.strip(), *cells, *(change.get(label, "-") for change in changes)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def is_number(cell: str) -> bool:
@@ -168,10 +189,7 @@ def check_facts(record: dict, story: Story) -> dict[str, bool]:
         if re.search(rf"\b{re.escape(option.casefold())}\b", said):
             spoken[len(option)] = letter
     named = spoken[max(spoken)] if spoken else ""
-    minds = "two minds" if "y" in story.cast else "one mind"
-    kind = f"{minds}, {problem.variant}"
-    facts = {f"{kind}: right answer": record["correct"]}
-    facts[f"{kind}: the last stage names the right option"] = named == problem.answer
+    facts = {}
     if named:
         facts["the letter is that of the option named"] = named == record["answer"]
     for name, gold in zip(STAGES, gold_stages(story)):
@@ -197,23 +215,18 @@ def facts_table(columns: dict[str, list[dict]], split: str) -> str:
             each = " ".join(f"{value:.3f}" for value in values)
             mean = f"{sum(values) / len(values):.3f}"
             cells[name].append(f"{mean} ({each})" if len(values) > 1 else mean)
-    lines = [["", *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *row] for name, row in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([["", *columns], *([name, *row] for name, row in cells.items())])
 
 
 def make_tables(folder: Path, datasets: list[str]) -> list[str]:
-    """Make a table for each set of problems, and one for each half of the benchmark's stories."""
+    """Make tables for each set of problems and its parts, and of the facts in generated stories."""
     tables = []
     for dataset in datasets:
         sides = [[read_result(folder / f"{name}-{dataset}.json")] for name in ("base", "warm")]
         sides += [read_seeds(folder, kind, dataset) for kind in KINDS]
-        parts = {dataset: sides}
-        if dataset == "data":
-            for i in (0, 1):
-                parts[f"data, half {i + 1}"] = [[half(r, i) for r in side] for side in sides]
-        for name, ((base,), (warm,), full, out) in parts.items():
-            tables.append(f"{name}\n{make_table(base, warm, full, out)}")
+        for name, belongs in parts_of(dataset, sides[0][0]).items():
+            (base,), (warm,), full, out = [[part(r, belongs) for r in side] for side in sides]
+            tables.append(f"{dataset}{name}\n{make_table(base, warm, full, out)}")
         if dataset != "data":
             names = ("warmed up", "full reward", "only R_out")
             columns = dict(zip(names, sides[1:]))
